@@ -1,0 +1,75 @@
+#include "dispatch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* One line an instruction set here, and one in CMakeLists.txt with its compiler flags. */
+#define DECLARE(isa) \
+    extern const struct mask_kernels pyreg_masks_##isa; \
+    extern const struct kernels pyreg_kernels_##isa##_F32, pyreg_kernels_##isa##_F64, pyreg_kernels_##isa##_F16, \
+        pyreg_kernels_##isa##_BF16
+DECLARE(baseline);
+#if defined(__x86_64__)
+DECLARE(v3);
+DECLARE(v4);
+#endif
+
+#define TABLES(isa) \
+    &pyreg_masks_##isa, { \
+        [PYREG_F32] = &pyreg_kernels_##isa##_F32, [PYREG_F64] = &pyreg_kernels_##isa##_F64, \
+        [PYREG_F16] = &pyreg_kernels_##isa##_F16, [PYREG_BF16] = &pyreg_kernels_##isa##_BF16 \
+    }
+
+static bool always(void) { return true; }
+#if defined(__x86_64__)
+static bool has_v3(void) { return __builtin_cpu_supports("x86-64-v3"); }
+static bool has_v4(void) { return __builtin_cpu_supports("x86-64-v4"); }
+#endif
+
+/* Best first. */
+static const struct isa {
+    const char *name;
+    bool (*supported)(void);
+    const struct mask_kernels *masks;
+    const struct kernels *kernels[PYREG_NUM_DTYPES];
+} isas[] = {
+#if defined(__x86_64__)
+    {"x86-64-v4", has_v4, TABLES(v4)},
+    {"x86-64-v3", has_v3, TABLES(v3)},
+#endif
+    {"baseline", always, TABLES(baseline)},
+};
+enum { NUM_ISAS = sizeof isas / sizeof isas[0] };
+
+static const struct isa *in_use = &isas[NUM_ISAS - 1];
+
+enum pyreg_status pyreg_init(void) {
+    const char *forced = getenv("PYREG_ISA");
+    for (size_t i = 0; i < NUM_ISAS; i++) {
+        if (forced && *forced && strcmp(forced, isas[i].name) != 0) continue;
+        if (isas[i].supported()) {
+            in_use = &isas[i];
+            return PYREG_OK;
+        }
+    }
+    return PYREG_BAD_ISA;
+}
+
+const char *pyreg_isa_name(void) { return in_use->name; }
+
+const char *pyreg_isa_available(int i) {
+    for (size_t j = 0; j < NUM_ISAS; j++)
+        if (isas[j].supported() && i-- == 0) return isas[j].name;
+    return NULL;
+}
+
+const char *pyreg_compiler(void) {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#else
+    return "gcc " __VERSION__;
+#endif
+}
+
+const struct mask_kernels *dispatch_masks(void) { return in_use->masks; }
+const struct kernels *dispatch_kernels(enum pyreg_dtype dtype) { return in_use->kernels[dtype]; }

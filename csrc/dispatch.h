@@ -1,0 +1,11 @@
+/* Which instruction sets there are, and which one is in use. */
+#ifndef PYREG_DISPATCH_H
+#define PYREG_DISPATCH_H
+
+#include "kernels/kernels.h"
+#include "pyreg.h"
+
+const struct mask_kernels *dispatch_masks(void);
+const struct kernels *dispatch_kernels(enum pyreg_dtype dtype);
+
+#endif

@@ -1,0 +1,295 @@
+/* Dropout: check arguments, cut into rows and chunks, make mask bits a tile at a time, apply them. */
+#include "dispatch.h"
+#include "kernels/half.h"
+#include "machine.h"
+#include "parallel.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Elements a thread claims at once: long enough to hide the claim, short enough to share out and to interrupt. */
+enum { CHUNK = 16 * MASK_TILE };
+
+/* ---- Masks ------------------------------------------------------------------------------------------------------- */
+
+typedef void (*make_words)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
+
+static enum pyreg_status prepare(const struct pyreg_mask *mask, struct draw *draw, make_words *make) {
+    if ((unsigned)mask->generator >= PYREG_NUM_GENERATORS) return PYREG_BAD_GENERATOR;
+    if (!(mask->rate >= 0 && mask->rate <= 1)) return PYREG_BAD_RATE;
+    const struct mask_kernels *kernels = dispatch_masks();
+    const double keep = 1 - mask->rate;
+    draw->key[0] = mask->key[0];
+    draw->key[1] = mask->key[1];
+    switch (mask->generator) {
+    case PYREG_THREEFRY:
+        draw->limit = (uint64_t)ceil((double)(float)keep * 0x1p23);
+        *make = kernels->threefry;
+        break;
+    case PYREG_THREEFRY_X64:
+        draw->limit = (uint64_t)ceil(keep * 0x1p52);
+        *make = kernels->threefry_x64;
+        break;
+    default: { /* rounded to 64 bits; the largest double below 1 still fits */
+        draw->limit = mask->rate < 1 ? (uint64_t)nearbyint(mask->rate * 0x1p64) : 0;
+        *make = kernels->philox;
+    }
+    }
+    kernels->prepare(draw);
+    return PYREG_OK;
+}
+
+/* A window on the endless row of mask bits: a tile at any position.  Neighbouring rows share what it holds. */
+struct window {
+    uint64_t first; /* index of bit 0, a multiple of MASK_GROUP */
+    size_t bits;    /* that have been made */
+    uint32_t keep[MASK_WORDS + 2] __attribute__((aligned(64))); /* readers may look one word too far */
+};
+
+/* Puts the bits of [index, index + n) into the window, n <= MASK_TILE, and returns the position of the first. */
+static size_t look_at(struct window *w, const struct draw *draw, make_words make, uint64_t index, size_t n) {
+    uint64_t at = index - w->first; /* indices are modulo 2^64 */
+    if (at < w->bits && at + n <= w->bits) return (size_t)at;
+
+    uint64_t first = index & ~(uint64_t)(MASK_GROUP - 1), skip = first - w->first;
+    size_t have = skip < w->bits ? w->bits - (size_t)skip : 0;
+    if (have) memmove(w->keep, w->keep + skip / 32, have / 8);
+    size_t want = ((size_t)(index - first) + n + MASK_GROUP - 1) / MASK_GROUP * MASK_GROUP;
+    make(draw, first / 32 + have / 32, (want - have) / 32, w->keep + have / 32);
+    w->first = first;
+    w->bits = want;
+    return (size_t)(index - first);
+}
+
+static bool bit_at(const uint32_t *keep, size_t at) { return keep[at / 32] >> at % 32 & 1; }
+
+/* ---- Values ------------------------------------------------------------------------------------------------------ */
+
+/* float16 nearest to a double, rounded once: to odd in float first, which keeps what decides the second rounding. */
+static float round_to_f16(double d) {
+    float f = (float)d;
+    if ((double)f != d) {
+        uint32_t u = float_bits(f) - ((double)f > d);
+        f = bits_float(u | 1);
+    }
+    return f16_to_float(float_to_f16(f));
+}
+
+/* 1 / keep as XLA rounds it for each dtype: keep first, to the dtype; then the quotient, taken in float. */
+static double scale_of(enum pyreg_dtype dtype, double keep) {
+    switch (dtype) {
+    case PYREG_F64: return 1 / keep;
+    case PYREG_F16: return f16_to_float(float_to_f16(1 / round_to_f16(keep)));
+    case PYREG_BF16: return 1 / bf16_to_float(float_to_bf16((float)keep));
+    default: return 1 / (float)keep;
+    }
+}
+
+/* ---- The op ------------------------------------------------------------------------------------------------------ */
+
+struct dim {
+    int64_t length, x, y, mask; /* strides: of x and y in bytes, of the mask in elements */
+};
+
+struct dropout {
+    enum { DRAW, KEEP_ALL, DROP_ALL } what;
+    const struct kernels *kernels;
+    make_words make;
+    struct draw draw;
+    double scale;
+    uint64_t offset;
+    const char *x;
+    char *y;
+    size_t size; /* of an element, in bytes */
+    struct dim row, outer[PYREG_MAX_DIMS];
+    int num_outer;
+    size_t rows, part, rows_per_chunk, chunks_per_part; /* a chunk is some rows of one part of the row dim */
+    bool contiguous, stream;
+};
+
+static void copy_strided(size_t size, size_t n, const char *from, int64_t from_stride, char *to, int64_t to_stride) {
+    switch (size) {
+    case 2: for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 2); break;
+    case 4: for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 4); break;
+    default: for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 8); break;
+    }
+}
+
+/* n <= MASK_TILE consecutive elements of a row, the first at mask index `index`. */
+static void dropout_tile(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t n) {
+    char tile[MASK_TILE * sizeof(double)] __attribute__((aligned(64)));
+    const int64_t size = (int64_t)op->size;
+    const char *in = x;
+    char *out = y;
+    if (!op->contiguous) {
+        copy_strided(op->size, n, x, op->row.x, tile, size);
+        in = out = tile;
+    }
+    if (op->what == KEEP_ALL) {
+        if (out != in) memcpy(out, in, n * op->size);
+    } else if (op->what == DROP_ALL) {
+        memset(out, 0, n * op->size);
+    } else if (op->row.mask == 1) {
+        size_t at = look_at(w, &op->draw, op->make, index, n);
+        op->kernels->dropout(in, out, n, w->keep + at / 32, at % 32, op->scale, op->stream);
+    } else { /* one bit for the whole row, or bits that are not neighbours */
+        uint32_t keep[MASK_TILE / 32 + 2] = {0};
+        if (op->row.mask == 0 && bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1))) memset(keep, 0xff, sizeof keep);
+        for (size_t j = 0; op->row.mask && j < n; j++, index += (uint64_t)op->row.mask)
+            keep[j / 32] |= (uint32_t)bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1)) << j % 32;
+        op->kernels->dropout(in, out, n, keep, 0, op->scale, op->stream);
+    }
+    if (!op->contiguous) copy_strided(op->size, n, tile, size, y, op->row.y);
+}
+
+static void dropout_chunk(void *work, size_t chunk) {
+    const struct dropout *op = work;
+    struct window w;
+    w.bits = 0;
+    const int64_t from = (int64_t)(chunk / op->chunks_per_part * op->part);
+    const int64_t to = op->row.length < from + (int64_t)op->part ? op->row.length : from + (int64_t)op->part;
+    size_t r = chunk % op->chunks_per_part * op->rows_per_chunk;
+    const size_t end = r + op->rows_per_chunk < op->rows ? r + op->rows_per_chunk : op->rows;
+    for (; r < end; r++) {
+        const char *x = op->x + from * op->row.x;
+        char *y = op->y + from * op->row.y;
+        uint64_t index = op->offset + (uint64_t)(from * op->row.mask);
+        size_t rest = r;
+        for (int d = op->num_outer - 1; d >= 0; d--) {
+            const struct dim *dim = &op->outer[d];
+            int64_t j = (int64_t)(rest % (size_t)dim->length);
+            rest /= (size_t)dim->length;
+            x += j * dim->x, y += j * dim->y, index += (uint64_t)(j * dim->mask);
+        }
+        size_t left = (size_t)(to - from), n = MASK_TILE;
+        if (op->stream) n -= (uintptr_t)y / op->size % (64 / op->size); /* later tiles start on a cache line */
+        for (; left; n = MASK_TILE) {
+            n = n < left ? n : left;
+            dropout_tile(op, &w, x, y, index, n);
+            x += (int64_t)n * op->row.x, y += (int64_t)n * op->row.y, index += n * (uint64_t)op->row.mask;
+            left -= n;
+        }
+    }
+    if (op->stream) op->kernels->stream_end();
+}
+
+static int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
+
+static int64_t distance(struct dim d) { return magnitude(d.x) + magnitude(d.y); }
+
+static bool better_row(struct dim a, struct dim b) {
+    bool a_neighbours = a.mask == 1 || a.mask == 0, b_neighbours = b.mask == 1 || b.mask == 0;
+    return a_neighbours != b_neighbours ? a_neighbours : distance(a) <= distance(b);
+}
+
+/* Fewest and longest rows: dims of length 1 go, neighbours that are one dim in x, y and mask are merged; the row is the
+ * dim of neighbouring mask bits (or of one mask bit), the others come in memory order. */
+static void plan_rows(struct dropout *op, int ndim, struct dim *dims) {
+    int n = 0, row = 0;
+    for (int d = 0; d < ndim; d++) {
+        if (dims[d].length == 1) continue;
+        struct dim in = dims[d], *out = &dims[n - (n > 0)];
+        if (n && out->x == in.x * in.length && out->y == in.y * in.length && out->mask == in.mask * in.length) {
+            in.length *= out->length;
+            n--;
+        }
+        dims[n++] = in;
+    }
+    const int64_t size = (int64_t)op->size;
+    if (n == 0) dims[n++] = (struct dim){1, size, size, 1};
+    for (int d = 1; d < n; d++)
+        if (better_row(dims[d], dims[row])) row = d;
+    op->row = dims[row];
+    op->num_outer = 0;
+    op->rows = 1;
+    for (int d = 0; d < n; d++) {
+        if (d == row) continue;
+        int at = op->num_outer++; /* insertion sort by memory stride, largest first, stable */
+        for (; at > 0 && distance(op->outer[at - 1]) < distance(dims[d]); at--) op->outer[at] = op->outer[at - 1];
+        op->outer[at] = dims[d];
+        op->rows *= (size_t)dims[d].length;
+    }
+    op->contiguous = op->row.x == size && op->row.y == size;
+    op->part = op->contiguous ? CHUNK : MASK_GROUP; /* strided: a column of cache lines is used up before the next */
+    if ((int64_t)op->part > op->row.length) op->part = (size_t)op->row.length;
+    op->rows_per_chunk = CHUNK / op->part;
+    op->chunks_per_part = (op->rows + op->rows_per_chunk - 1) / op->rows_per_chunk;
+}
+
+enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, bool scaled, int ndim,
+                                const int64_t *shape, const void *x, const int64_t *x_strides, void *y,
+                                const int64_t *y_strides, const int64_t *mask_strides) {
+    static const size_t dtype_bytes[] = {[PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
+    struct dropout op;
+    if ((unsigned)dtype >= PYREG_NUM_DTYPES) return PYREG_BAD_DTYPE;
+    if (ndim < 0 || ndim > PYREG_MAX_DIMS) return PYREG_BAD_SHAPE;
+    enum pyreg_status status = prepare(mask, &op.draw, &op.make);
+    if (status) return status;
+
+    struct dim dims[PYREG_MAX_DIMS + 1];
+    int64_t count = 1;
+    bool empty = false;
+    for (int d = ndim - 1; d >= 0; d--) {
+        if (shape[d] < 0) return PYREG_BAD_SHAPE;
+        if (shape[d] == 0) empty = true;
+        dims[d] = (struct dim){shape[d], x_strides[d], y_strides[d], mask_strides ? mask_strides[d] : count};
+        if (__builtin_mul_overflow(count, shape[d] ? shape[d] : 1, &count)) return PYREG_BAD_SHAPE;
+    }
+    if (empty) return PYREG_OK;
+
+    op.what = mask->rate == 0 ? KEEP_ALL : mask->rate == 1 ? DROP_ALL : DRAW;
+    op.kernels = dispatch_kernels(dtype);
+    op.scale = scaled ? scale_of(dtype, 1 - mask->rate) : 1;
+    op.offset = mask->offset;
+    op.x = x;
+    op.y = y;
+    op.size = dtype_bytes[dtype];
+    plan_rows(&op, ndim, dims);
+    const size_t bytes = (size_t)count * op.size;
+    op.stream = op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
+
+    const struct phase phase = {(size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
+    const double ns = mask->generator == PYREG_PHILOX ? 0.2 : 1.0; /* an element, roughly */
+    return parallel_run(&phase, 1, &op, ns * (double)count + 0.05 * (double)bytes);
+}
+
+/* ---- The mask alone ---------------------------------------------------------------------------------------------- */
+
+struct mask_op {
+    struct draw draw;
+    make_words make;
+    const struct pyreg_mask *mask;
+    size_t n;
+    bool packed;
+    uint8_t *out;
+};
+
+static void mask_chunk(void *work, size_t chunk) {
+    const struct mask_op *op = work;
+    struct window w;
+    w.bits = 0;
+    size_t j = chunk * CHUNK, end = j + CHUNK < op->n ? j + CHUNK : op->n;
+    for (size_t n; j < end; j += n) {
+        n = end - j < MASK_TILE ? end - j : MASK_TILE;
+        size_t at = look_at(&w, &op->draw, op->make, op->mask->offset + j, n);
+        if (op->packed) {
+            memset(op->out + j / 8, 0, (n + 7) / 8);
+            for (size_t k = 0; k < n; k++) op->out[(j + k) / 8] |= (uint8_t)(bit_at(w.keep, at + k) << k % 8);
+        } else {
+            for (size_t k = 0; k < n; k++) op->out[j + k] = bit_at(w.keep, at + k);
+        }
+    }
+}
+
+enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bool packed, uint8_t *out) {
+    struct mask_op op = {.mask = mask, .n = n, .packed = packed, .out = out};
+    enum pyreg_status status = prepare(mask, &op.draw, &op.make);
+    if (status) return status;
+    if (mask->rate == 0 || mask->rate == 1) { /* nothing is drawn */
+        memset(out, mask->rate == 1 ? 0 : packed ? 0xff : 1, packed ? (n + 7) / 8 : n);
+        if (packed && mask->rate == 0 && n % 8) out[n / 8] = (uint8_t)((1u << n % 8) - 1);
+        return PYREG_OK;
+    }
+    const struct phase phase = {(n + CHUNK - 1) / CHUNK, mask_chunk};
+    return parallel_run(&phase, 1, &op, (double)n);
+}

@@ -1,0 +1,49 @@
+/* y = kept ? x * scale : 0 for one row, given the mask's bits. */
+#ifndef PYREG_KERNELS_DROPOUT_H
+#define PYREG_KERNELS_DROPOUT_H
+
+#include "elem.h"
+#include "kernels.h"
+#include "stream.h"
+
+/* Cache lines are asked for this far ahead: while a tile's bits are made no load is in flight, and the hardware's own
+ * prefetcher stops at page ends. */
+enum { PREFETCH_BYTES = 8192, LINE_BYTES = 64, WORD = 32 };
+
+/* Word j of the bits, which start `shift` bits into keep[]. */
+static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
+    return (uint32_t)(((uint64_t)keep[j + 1] << 32 | keep[j]) >> shift);
+}
+
+static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
+    elem_t y = store(load(x) * scale);
+    return kept ? y : 0;
+}
+
+/* x, y: 32 elements. */
+static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t scale) {
+    for (uint32_t j = 0; j < WORD; j++) y[j] = dropout_elem(x[j], kept & UINT32_C(1) << j, scale);
+}
+
+static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, unsigned shift, double scale_, bool stream) {
+    const elem_t *x = x_;
+    elem_t *y = y_;
+    acc_t scale = (acc_t)scale_;
+    size_t j = 0;
+    for (; j + WORD <= n; j += WORD) {
+        for (size_t b = 0; b < WORD * sizeof(elem_t); b += LINE_BYTES)
+            __builtin_prefetch((const char *)(x + j) + b + PREFETCH_BYTES);
+        uint32_t kept = keep_word(keep, shift, j / WORD);
+        if (stream) {
+            elem_t line[WORD] __attribute__((aligned(LINE_BYTES)));
+            dropout_word(x + j, line, kept, scale);
+            stream_lines(y + j, line, sizeof line);
+        } else {
+            dropout_word(x + j, y + j, kept, scale);
+        }
+    }
+    uint32_t kept = keep_word(keep, shift, j / WORD);
+    for (; j < n; j++, kept >>= 1) y[j] = dropout_elem(x[j], kept & 1, scale);
+}
+
+#endif

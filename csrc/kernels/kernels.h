@@ -1,0 +1,39 @@
+/* The list of inner loops.  They are serial, allocate nothing and check nothing: that is done above them. */
+#ifndef PYREG_KERNELS_H
+#define PYREG_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* A row of mask bits: word j holds elements 32 j .. 32 j + 31, least significant bit first, 1 = kept.
+ * Generators make whole groups, the most that one vector of any instruction set holds, up to MASK_WORDS at once. */
+enum { MASK_GROUP = 512, MASK_TILE = 4096, MASK_WORDS = (MASK_TILE + MASK_GROUP) / 32 };
+
+/* A mask, ready for the loops.  Round keys and digits lie in memory because a vector is filled from there for free. */
+enum { PHILOX_ROUNDS = 10, LIMIT_DIGITS = 64 };
+struct draw {
+    uint32_t key[2];
+    uint64_t limit;                       /* philox: dropped iff u < limit, of 2^64; threefry: kept iff draw < limit */
+    uint64_t round_key[PHILOX_ROUNDS][2]; /* philox */
+    uint32_t digit[LIMIT_DIGITS];         /* philox: the binary digits of limit, top one first, as masks 0 or ~0 */
+};
+
+/* Loops that make mask bits: one table an ISA.  `first` is the index of word 0's element 0 divided by 32; `words` is a
+ * multiple of MASK_GROUP / 32; keep[] is aligned to 64 bytes. */
+struct mask_kernels {
+    void (*prepare)(struct draw *draw); /* fills in the fields below `limit` */
+    void (*philox)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
+    void (*threefry)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
+    void (*threefry_x64)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
+};
+
+/* Loops over elements: one table an ISA and dtype.  x and y are arrays of that dtype. */
+struct kernels {
+    /* y[j] = bit `shift + j` of keep ? x[j] * scale : 0, for j < n.  Reads at most one word past the last bit.
+     * stream: write around the cache; y is then aligned to 64 bytes.  x may be y. */
+    void (*dropout)(const void *x, void *y, size_t n, const uint32_t *keep, unsigned shift, double scale, bool stream);
+    void (*stream_end)(void); /* after the last streamed store of a chunk: makes them visible to other threads */
+};
+
+#endif

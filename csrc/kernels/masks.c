@@ -1,0 +1,184 @@
+/* Mask bits from counters.  Compiled once per instruction set (PYREG_ISA); exports one table. */
+#include "kernels.h"
+#include "philox.h"
+#include "threefry.h"
+
+/* ---- philox-v1: digit p of element i is bit i % 32 of word p % 4 of Philox at counter (i / 32, p / 4) ------------ */
+
+static void prepare(struct draw *draw) {
+    for (uint32_t r = 0; r < PHILOX_ROUNDS; r++) {
+        draw->round_key[r][0] = (uint32_t)(draw->key[0] + r * PHILOX_W0);
+        draw->round_key[r][1] = (uint32_t)(draw->key[1] + r * PHILOX_W1);
+    }
+    for (int p = 0; p < LIMIT_DIGITS; p++) draw->digit[p] = -(uint32_t)(draw->limit >> (63 - p) & 1);
+}
+
+/* Eight digits of the elements of LANES32 words, and how they compare with those of the limit. */
+struct digits {
+    vec32 less, equal;
+};
+
+/* Digits 4 q .. 4 q + 3, or + 7 if eight, of words at counters whose low halves are even[], odd[] (in turn) and whose
+ * high half is `high`.  Of the first two rounds half is the same for all these counters, and most for all q. */
+static inline struct digits compare_digits(const struct draw *draw, vec64 even, vec64 odd, uint32_t high, uint32_t q,
+                                           bool eight) {
+    const uint64_t(*k)[2] = draw->round_key;
+    vec64 low[2] = {even, odd};
+    struct philox_state s[2][2]; /* [q][even, odd] */
+    for (uint32_t g = 0; g < 1u + eight; g++) {
+        uint64_t first = (uint64_t)PHILOX_M1 * (q + g);                                   /* p1 of round 1 */
+        uint64_t second = (uint64_t)PHILOX_M0 * ((uint32_t)(first >> 32) ^ high ^ (uint32_t)k[0][0]); /* p0 of round 2 */
+        for (int h = 0; h < 2; h++) {
+            vec64 p0 = mul_wide(low[h], splat64(PHILOX_M0));
+            vec64 p1 = mul_wide(p0 >> 32 ^ splat64(k[0][1]), splat64(PHILOX_M1));
+            s[g][h] = (struct philox_state){p1 >> 32 ^ splat64((uint32_t)first ^ k[1][0]), p1,
+                                            p0 ^ splat64(second >> 32 ^ k[1][1]), splat64(second)};
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 2; r < PHILOX_ROUNDS; r++)
+        for (int g = 0; g < 1 + eight; g++)
+            for (int h = 0; h < 2; h++) s[g][h] = philox_round(s[g][h], k[r][0], k[r][1]);
+
+    struct digits d = {splat32(0), splat32(~0u)};
+    for (int g = eight; g >= 0; g--) { /* least significant digit first: a digit that differs overrules those below */
+        const vec32 digit[4] = {
+            interleave_low(s[g][0].c0, s[g][1].c0), interleave_low(s[g][0].c1, s[g][1].c1),
+            interleave_low(s[g][0].c2, s[g][1].c2), interleave_low(s[g][0].c3, s[g][1].c3)};
+        for (int p = 3; p >= 0; p--) {
+            vec32 limit = splat32(draw->digit[4 * (q + (uint32_t)g) + (uint32_t)p]);
+            vec32 differ = digit[p] ^ limit;
+            d.less = select32(differ, limit, d.less);
+            d.equal &= ~differ;
+        }
+    }
+    return d;
+}
+
+/* The words in which some element ties with the limit in its first digits. */
+struct ties {
+    size_t count;
+    uint32_t word[MASK_WORDS + LANES32], element[MASK_WORDS + LANES32];
+};
+
+static inline void collect(struct ties *ties, vec32 equal, uint32_t word) {
+#if defined(__AVX512F__)
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __mmask16 some = _mm512_test_epi32_mask((__m512i)equal, (__m512i)equal);
+    __m512i words = _mm512_add_epi32(lane, _mm512_set1_epi32((int)word));
+    _mm512_storeu_si512(ties->word + ties->count, _mm512_maskz_compress_epi32(some, words));
+    _mm512_storeu_si512(ties->element + ties->count, _mm512_maskz_compress_epi32(some, (__m512i)equal));
+    ties->count += (size_t)__builtin_popcount(some);
+#else
+    for (uint32_t j = 0; j < LANES32; j++) { /* no branch: which words tie cannot be predicted */
+        ties->word[ties->count] = word + j;
+        ties->element[ties->count] = equal[j];
+        ties->count += equal[j] != 0;
+    }
+#endif
+}
+
+/* Digits 16 and on, one word at a time: wanted once in 256 words of 32 elements that tie, themselves one in nine. */
+static void resolve_word(const struct draw *draw, uint64_t counter, uint32_t element, uint32_t *keep) {
+    for (uint32_t q = 4; element && q < 16; q++) {
+        uint32_t digit[4];
+        philox4x32(draw->key, (uint32_t[4]){(uint32_t)counter, (uint32_t)(counter >> 32), q, 0}, digit);
+        for (uint32_t p = 0; p < 4; p++) {
+            uint32_t limit = draw->digit[4 * q + p];
+            *keep &= ~(element & limit & ~digit[p]);
+            element &= ~(digit[p] ^ limit);
+        }
+    }
+}
+
+static void resolve(const struct draw *draw, uint64_t first, struct ties *ties, uint32_t *keep) {
+    for (int j = 0; j < LANES32; j++) ties->word[ties->count + (size_t)j] = ties->element[ties->count + (size_t)j] = 0;
+    for (size_t n = 0; n < ties->count; n += LANES32) {
+        vec64 even, odd;
+        for (int j = 0; j < LANES64; j++) {
+            even[j] = (uint32_t)first + ties->word[n + 2 * (size_t)j];
+            odd[j] = (uint32_t)first + ties->word[n + 2 * (size_t)j + 1];
+        }
+        struct digits d = compare_digits(draw, even, odd, (uint32_t)(first >> 32), 2, true);
+        for (size_t j = 0; j < LANES32 && n + j < ties->count; j++) {
+            uint32_t word = ties->word[n + j], element = ties->element[n + j];
+            keep[word] &= ~(element & d.less[j]);
+            if (element & d.equal[j]) resolve_word(draw, first + word, element & d.equal[j], keep + word);
+        }
+    }
+}
+
+static void philox(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
+    size_t same_high = (size_t)((UINT64_C(1) << 32) - (uint32_t)first);
+    if (words > same_high) { /* the loops below take the counter's high half as fixed */
+        philox(draw, first, same_high, keep);
+        philox(draw, first + same_high, words - same_high, keep + same_high);
+        return;
+    }
+    struct ties ties;
+    ties.count = 0;
+    bool eight = draw->limit << 4, more = draw->limit << 8;
+    vec64 even, odd;
+    for (uint32_t j = 0; j < LANES64; j++) {
+        even[j] = (uint32_t)first + 2 * j;
+        odd[j] = even[j] + 1;
+    }
+    for (uint32_t w = 0; w < words; w += LANES32, even += LANES32, odd += LANES32) {
+        struct digits d = eight ? compare_digits(draw, even, odd, (uint32_t)(first >> 32), 0, true)
+                                : compare_digits(draw, even, odd, (uint32_t)(first >> 32), 0, false);
+        *(vec32 *)(keep + w) = ~d.less;
+        if (more) collect(&ties, d.equal, w);
+    }
+    if (more) resolve(draw, first, &ties, keep);
+}
+
+/* ---- threefry: element i's draw is Threefry at counter (high, low) of i; kept iff it is below the limit ---------- */
+
+/* Bits of CHAINS * LANES32 elements, from the one with the given index on, which is a multiple of that. */
+static inline uint64_t threefry_bits(const struct draw *draw, uint64_t index, bool x64) {
+    struct threefry_state s;
+    for (uint32_t c = 0; c < CHAINS; c++) {
+        s.x0[c] = splat32((uint32_t)(index >> 32));
+        s.x1[c] = lane_numbers() + ((uint32_t)index + c * LANES32);
+    }
+    threefry2x32(draw->key, &s);
+    uint64_t bits = 0;
+    for (int c = 0; c < CHAINS; c++) {
+        uint32_t kept;
+        if (x64) { /* 52 bits against limit - 1, in three parts because compares are of 31 bits */
+            uint64_t last = draw->limit - 1;
+            vec32 a = s.x0[c] >> 16, b = s.x0[c] & 0xffff, d = s.x1[c] >> 12;
+            vec32 last_a = splat32((uint32_t)(last >> 36)), last_b = splat32((uint32_t)(last >> 20) & 0xffff);
+            vec32 last_d = splat32((uint32_t)last & 0xfffff);
+            uint32_t rest = less_bits(b, last_b) | (~less_bits(last_b, b) & ~less_bits(last_d, d));
+            kept = less_bits(a, last_a) | (~less_bits(last_a, a) & rest);
+            kept &= (uint32_t)((UINT64_C(1) << LANES32) - 1);
+        } else {
+            kept = less_bits((s.x0[c] ^ s.x1[c]) >> 9, splat32((uint32_t)draw->limit));
+        }
+        bits |= (uint64_t)kept << c * LANES32;
+    }
+    return bits;
+}
+
+static inline void threefry_words(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, bool x64) {
+    enum { STEP = CHAINS * LANES32 };
+    for (size_t w = 0; w < words; w += 2) {
+        uint64_t bits = 0;
+        for (uint32_t j = 0; j < 64; j += STEP) bits |= threefry_bits(draw, (first + w) * 32 + j, x64) << j;
+        keep[w] = (uint32_t)bits;
+        keep[w + 1] = (uint32_t)(bits >> 32);
+    }
+}
+
+static void threefry(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
+    threefry_words(draw, first, words, keep, false);
+}
+
+static void threefry_x64(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
+    threefry_words(draw, first, words, keep, true);
+}
+
+#define TABLE2(isa) pyreg_masks_##isa
+#define TABLE(isa) TABLE2(isa)
+const struct mask_kernels TABLE(PYREG_ISA) = {prepare, philox, threefry, threefry_x64};

@@ -1,0 +1,139 @@
+#define _GNU_SOURCE
+#include "parallel.h"
+
+#include "machine.h"
+
+#include <dlfcn.h>
+#include <omp.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+
+/* ---- Floating-point mode: workers take the caller's for the region (XLA flushes subnormals, NumPy does not) ------ */
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+typedef unsigned fp_mode;
+static fp_mode fp_get(void) { return _mm_getcsr(); }
+static void fp_set(fp_mode m) { _mm_setcsr(m); }
+#elif defined(__aarch64__)
+typedef struct { uint64_t control, status; } fp_mode;
+static fp_mode fp_get(void) {
+    fp_mode m;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(m.control), "=r"(m.status));
+    return m;
+}
+static void fp_set(fp_mode m) { __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1" ::"r"(m.control), "r"(m.status)); }
+#else
+#include <fenv.h>
+typedef fenv_t fp_mode;
+static fp_mode fp_get(void) { fp_mode m; fegetenv(&m); return m; }
+static void fp_set(fp_mode m) { fesetenv(&m); }
+#endif
+
+/* ---- How many threads -------------------------------------------------------------------------------------------- */
+static int openmp_default;                 /* what OpenMP allowed when the library was loaded */
+static atomic_int process_threads;         /* pyreg_set_num_threads */
+static _Thread_local int thread_threads;   /* pyreg_use_threads */
+static atomic_bool forked;                 /* a child has none of OpenMP's threads and would wait for them for ever */
+
+static void in_child(void) { atomic_store(&forked, true); }
+
+__attribute__((constructor)) static void at_load(void) {
+    openmp_default = omp_get_max_threads();
+    pthread_atfork(NULL, NULL, in_child);
+}
+
+static int at_most(int a, int b) { return a < b ? a : b; }
+
+int pyreg_get_num_threads(void) {
+    int openmp = omp_get_max_threads(), asked = thread_threads ? thread_threads : atomic_load(&process_threads);
+    if (!asked) return at_most(openmp, machine_cpus());
+    return openmp < openmp_default ? at_most(asked, openmp) : asked;
+}
+
+void pyreg_set_num_threads(int n) { atomic_store(&process_threads, n > 0 ? n : 0); }
+
+int pyreg_use_threads(int n) {
+    int old = thread_threads;
+    thread_threads = n > 0 ? n : 0;
+    return old;
+}
+
+int pyreg_openmp_version(void) { return _OPENMP; }
+
+const char *pyreg_openmp_library(void) {
+    Dl_info info;
+    return dladdr((void *)(intptr_t)omp_get_max_threads, &info) ? info.dli_fname : "unknown";
+}
+
+/* ---- Interrupts -------------------------------------------------------------------------------------------------- */
+static bool (*_Atomic interrupt_check)(void);
+
+void pyreg_set_interrupt_check(bool (*check)(void)) { atomic_store(&interrupt_check, check); }
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static bool interrupted(double *next) { /* only ever called by the thread that called us */
+    bool (*check)(void) = atomic_load_explicit(&interrupt_check, memory_order_relaxed);
+    if (!check || now() < *next) return false;
+    bool stop = check();
+    *next = now() + 0.05;
+    return stop;
+}
+
+/* ---- Regions ----------------------------------------------------------------------------------------------------- */
+
+/* Below this a second thread gains little, and a team that shares its CPUs with others loses whole scheduler slices. */
+static const double parallel_from_ns = 200e3;
+
+static enum pyreg_status run_serial(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
+    double next = serial_ns > 10e6 ? now() + 0.05 : 1e300;
+    for (size_t p = 0; p < num_phases; p++)
+        for (size_t c = 0; c < phases[p].chunks; c++) {
+            phases[p].run(work, c);
+            if (next < 1e300 && interrupted(&next)) return PYREG_INTERRUPTED;
+        }
+    return PYREG_OK;
+}
+
+enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
+    fp_mode mode = fp_get();
+    size_t most = 0;
+    for (size_t p = 0; p < num_phases; p++) most = phases[p].chunks > most ? phases[p].chunks : most;
+
+    int threads = 1;
+    if (serial_ns >= parallel_from_ns && !omp_in_parallel() && !atomic_load(&forked)) {
+        threads = pyreg_get_num_threads();
+        if ((size_t)threads > most) threads = (int)most;
+    }
+    if (threads <= 1) {
+        enum pyreg_status status = run_serial(phases, num_phases, work, serial_ns);
+        fp_set(mode); /* no exception flags left behind */
+        return status;
+    }
+
+    atomic_bool stop = false;
+#pragma omp parallel num_threads(threads)
+    {
+        fp_mode own = fp_get();
+        fp_set(mode);
+        double next = now() + 0.05;
+        bool caller = omp_get_thread_num() == 0;
+        for (size_t p = 0; p < num_phases; p++) {
+            size_t chunks = phases[p].chunks;
+#pragma omp for schedule(dynamic, 1)
+            for (size_t c = 0; c < chunks; c++) {
+                if (atomic_load_explicit(&stop, memory_order_relaxed)) continue;
+                phases[p].run(work, c);
+                if (caller && interrupted(&next)) atomic_store(&stop, true);
+            }
+        }
+        fp_set(own);
+    }
+    fp_set(mode);
+    return atomic_load(&stop) ? PYREG_INTERRUPTED : PYREG_OK;
+}

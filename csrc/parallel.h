@@ -1,0 +1,18 @@
+/* The only door to OpenMP: how many threads, and running chunks of work on them. */
+#ifndef PYREG_PARALLEL_H
+#define PYREG_PARALLEL_H
+
+#include "pyreg.h"
+
+/* A phase is `chunks` calls run(work, 0 .. chunks - 1), in any order, on any thread, claimed one by one.  Phases run
+ * one after the other: all chunks of one are done before the next starts. */
+struct phase {
+    size_t chunks;
+    void (*run)(void *work, size_t chunk);
+};
+
+/* Runs the phases in one parallel region; serially if serial_ns, an estimate of the whole work in nanoseconds on one
+ * thread, is below what threads pay for.  PYREG_OK or PYREG_INTERRUPTED. */
+enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns);
+
+#endif

@@ -1,0 +1,104 @@
+/* pyreg: regularisation kernels for CPUs.  This header is the manual of the C library.
+ *
+ * Contract of every function
+ *   - Arguments are checked before anything is written; the result is a status, PYREG_OK (0) or an error.
+ *   - Results are a function of the arguments alone: the same bits for every thread count, instruction set,
+ *     alignment, memory layout, and for in-place and fresh outputs.
+ *   - Thread-safe: any number of threads may call at once.  The library keeps no state but the thread count.
+ *   - The caller's floating-point mode (rounding, flush-to-zero) holds in every worker thread, and is kept.
+ *   - Arrays may be strided in any way (strides in bytes, also zero for inputs, also negative); elements are aligned
+ *     to their size.  An input may be the output (same address and strides); other overlaps are the caller's to avoid.
+ *   - After fork() the child computes serially: same results.
+ * Not promised: progress or partial results after PYREG_INTERRUPTED: the output is then unspecified.
+ */
+#ifndef PYREG_H
+#define PYREG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum pyreg_status {
+    PYREG_OK = 0,
+    PYREG_NO_MEMORY,       /* scratch memory could not be allocated; nothing was written */
+    PYREG_INTERRUPTED,     /* the interrupt check (below) asked to stop */
+    PYREG_BAD_DTYPE,
+    PYREG_BAD_GENERATOR,
+    PYREG_BAD_RATE,        /* not in [0, 1] */
+    PYREG_BAD_SHAPE,       /* more than PYREG_MAX_DIMS dims, a negative length, or 2^63 elements and more */
+    PYREG_BAD_ISA,         /* PYREG_ISA names an instruction set that is unknown, or that this machine lacks */
+};
+const char *pyreg_strerror(enum pyreg_status status);
+
+/* Element types.  Half types are stored as uint16_t and computed in float. */
+enum pyreg_dtype { PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16, PYREG_NUM_DTYPES };
+
+enum { PYREG_MAX_DIMS = 64 };
+
+/* ---- Masks ------------------------------------------------------------------------------------------------------
+ * Whether element i is dropped is a function of (generator, key, rate, i) and of nothing else; i is a 64-bit index.
+ *
+ * PYREG_PHILOX (frozen as "philox-v1").  Element i owns a number u in [0, 1) with 64 binary digits.  Digit p, most
+ *   significant first, is bit i % 32 of word p % 4 of Philox4x32-10 [1] with key (key[0], key[1]) at the counter
+ *   (low 32 bits of i / 32, high 32 bits of i / 32, p / 4, 0).  The element is dropped iff u < rate, where rate is
+ *   rounded to a multiple of 2^-64.  So the probability is exact to 2^-64, a higher rate drops a superset, and only the
+ *   digits that decide are ever computed: one for rate 0.5, eight and seldom more for any other.
+ * PYREG_THREEFRY.  The mask of jax.random.bernoulli(key, 1 - rate) with x64 off: Threefry2x32-20 [1] at the counter
+ *   (high 32 bits of i, low 32 bits of i) gives (a, b); dropped iff (a ^ b) >> 9 >= ceil(f32(1 - rate) * 2^23).
+ * PYREG_THREEFRY_X64.  The same with x64 on: dropped iff (a << 32 | b) >> 12 >= ceil((1 - rate) * 2^52).
+ *
+ * [1] Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+ */
+enum pyreg_generator { PYREG_PHILOX, PYREG_THREEFRY, PYREG_THREEFRY_X64, PYREG_NUM_GENERATORS };
+
+struct pyreg_mask {
+    enum pyreg_generator generator;
+    uint32_t key[2];
+    double rate;      /* probability of dropping, in [0, 1]; 0 and 1 draw nothing */
+    uint64_t offset;  /* index of the first element */
+};
+
+/* ---- Dropout ----------------------------------------------------------------------------------------------------
+ * y = kept ? x * scale : +0.  A dropped NaN or Inf becomes +0 too.  The backward pass is the same function on dy.
+ *   scaled:        scale = 1 / (1 - rate), rounded as XLA rounds it for the dtype (so values equal Flax's bit for bit).
+ *   not scaled:    scale = 1, the form of the 2014 paper.
+ *   rate 0:        y = x, bits unchanged.
+ *   mask_strides:  in elements: the element at (j0, j1, ...) has index offset + sum j_d * mask_strides[d]; 0 where
+ *                  the mask is broadcast; those of a larger array's shape where x is a part of it.  NULL: C order.
+ */
+enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, bool scaled, int ndim,
+                                const int64_t *shape, const void *x, const int64_t *x_strides, void *y,
+                                const int64_t *y_strides, const int64_t *mask_strides);
+
+/* The mask itself for indices offset .. offset + n - 1, 1 = kept: a byte an element (0 or 1), or packed, LSB first,
+ * in (n + 7) / 8 bytes with the spare bits 0. */
+enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bool packed, uint8_t *out);
+
+/* ---- Threads ----------------------------------------------------------------------------------------------------
+ * Number of threads of the next call from this thread: pyreg_use_threads(n) of this thread if n > 0, else
+ * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A limit set
+ * through OpenMP after loading (threadpoolctl does that) holds in every case.  Small calls run serially. */
+int pyreg_get_num_threads(void);
+void pyreg_set_num_threads(int n);      /* whole process; 0: automatic */
+int pyreg_use_threads(int n);           /* calling thread only; 0: as the process.  Returns the previous value */
+
+/* Long calls ask this, from the calling thread, about every 50 ms; they stop when it returns true. */
+void pyreg_set_interrupt_check(bool (*check)(void));
+
+/* ---- Build and machine ------------------------------------------------------------------------------------------ */
+enum pyreg_status pyreg_init(void);          /* reads PYREG_ISA, chooses the instruction set.  Call it first */
+const char *pyreg_isa_name(void);            /* the one in use */
+const char *pyreg_isa_available(int i);      /* i-th that this machine can run, best first; NULL past the end */
+const char *pyreg_compiler(void);
+int pyreg_openmp_version(void);              /* _OPENMP, year and month */
+const char *pyreg_openmp_library(void);      /* file of the OpenMP runtime in use */
+size_t pyreg_cache_bytes(void);              /* last-level cache; larger working sets are written around it */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

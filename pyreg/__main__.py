@@ -1,0 +1,3 @@
+from pyreg import show_config
+
+show_config()

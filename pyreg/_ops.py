@@ -1,0 +1,332 @@
+"""NumPy functions: arguments are checked here, then ``_core`` computes."""
+
+import contextlib
+import operator
+import os
+
+import numpy as np
+
+from pyreg import _core
+
+__all__ = ["dropout", "dropout_backward", "dropout_mask", "get_num_threads", "num_threads", "set_num_threads"]
+
+# The element types.  bfloat16 has no type of its own in NumPy: it is recognised by name when it first comes.
+_DTYPES = {
+    np.dtype(np.float32): _core.F32,
+    np.dtype(np.float64): _core.F64,
+    np.dtype(np.float16): _core.F16,
+}
+_IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _core.THREEFRY_X64}
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def _as_input(x, name="x"):
+    """x as an aligned array in native byte order, and the code of its dtype."""
+    x = np.asarray(x)
+    code = _DTYPES.get(x.dtype)
+    if code is None or not x.flags.aligned:
+        if x.dtype.name == "bfloat16":
+            _DTYPES[x.dtype] = _core.BF16
+        elif not x.dtype.isnative:
+            x = x.astype(x.dtype.newbyteorder("="))
+        elif code is not None:
+            x = x.copy()
+        code = _DTYPES.get(x.dtype)
+        if code is None:
+            raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
+    return x, code
+
+
+def _check_out(out, x, name="x"):
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"out has shape {out.shape} and dtype {out.dtype}; wanted those of {name}: {x.shape} and {x.dtype}"
+        )
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; wanted a writable array")
+    return out
+
+
+def _same_layout(a, b):
+    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
+
+
+def _check_rate(rate):
+    if not 0.0 <= rate <= 1.0:  # also refuses NaN
+        raise ValueError(f"rate is {rate}; wanted a probability of dropping in [0, 1]")
+    return float(rate)
+
+
+def _check_key(key):
+    """key as an int in [0, 2**64)."""
+    if not isinstance(key, int):
+        words = np.asarray(key)
+        if words.dtype == np.uint32 and words.shape == (2,):
+            return int(words[0]) << 32 | int(words[1])
+        try:
+            key = operator.index(key)
+        except TypeError:
+            raise TypeError(
+                f"key is {type(key).__name__} of dtype {words.dtype} and shape {words.shape}; "
+                "wanted an int in [0, 2**64) or a uint32 array of shape (2,)"
+            ) from None
+    if not 0 <= key < 1 << 64:
+        raise ValueError(f"key is {key}; wanted an int in [0, 2**64)")
+    return key
+
+
+def fresh_key(rng=None):
+    """A key from ``rng`` (int seed or Generator), or from the operating system."""
+    if rng is None:
+        return int.from_bytes(os.urandom(8), "little")
+    return int(np.random.default_rng(rng).integers(1 << 64, dtype=np.uint64))
+
+
+def _check_impl(impl):
+    try:
+        return _IMPLS[impl]
+    except (KeyError, TypeError):
+        raise ValueError(f"impl is {impl!r}; wanted one of {', '.join(map(repr, _IMPLS))}") from None
+
+
+def _mask_shape(shape, broadcast_dims):
+    """shape with 1 in each broadcast dim."""
+    dims = (broadcast_dims,) if isinstance(broadcast_dims, int) else tuple(broadcast_dims)
+    shape = list(shape)
+    for dim in dims:
+        if not -len(shape) <= operator.index(dim) < len(shape):
+            raise ValueError(f"broadcast_dims has {dim}; wanted dims of an array with {len(shape)} dims")
+        shape[dim] = 1
+    return tuple(shape)
+
+
+def _check_offset(offset, size):
+    offset = operator.index(offset)
+    if not 0 <= offset <= (1 << 64) - size:
+        raise ValueError(f"offset is {offset}; wanted an int in [0, 2**64 - {size}]")
+    return offset
+
+
+def _mask_strides(shape, mask_shape):
+    """Index steps of the mask for each dim of shape, 0 where it is broadcast."""
+    strides, step = [], 1
+    for length, mask_length in zip(reversed(shape), reversed(mask_shape), strict=True):
+        strides.append(step if mask_length == length else 0)
+        step *= mask_length
+    return tuple(reversed(strides))
+
+
+# ---- Dropout ---------------------------------------------------------------------------------------------------------
+
+
+def _apply(x, rate, key, rng, broadcast_dims, impl, offset, out, scaled=True, name="x"):
+    x, code = _as_input(x, name)
+    rate = _check_rate(rate)
+    generator = _check_impl(impl)
+    if broadcast_dims == ():
+        strides, mask_size = None, x.size
+    else:
+        mask_shape = _mask_shape(x.shape, broadcast_dims)
+        strides, mask_size = _mask_strides(x.shape, mask_shape), x.size
+    offset = _check_offset(offset, mask_size)
+    if key is None:
+        key = fresh_key(rng) if 0.0 < rate < 1.0 else 0
+    else:
+        if rng is not None:
+            raise TypeError("both key and rng are given; wanted one of them")
+        key = _check_key(key)
+
+    if out is None:
+        y = np.empty_like(x, subok=False)
+    else:
+        y = _check_out(out, x, name)
+        if y is not x and np.may_share_memory(x, y) and not _same_layout(x, y):
+            x = x.copy()
+        if not y.flags.aligned:
+            y = np.empty_like(x)
+    _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
+    if out is not None and y is not out:
+        out[...] = y
+        return out
+    return y
+
+
+def dropout(
+    x,
+    rate=0.5,
+    *,
+    key=None,
+    rng=None,
+    deterministic=False,
+    broadcast_dims=(),
+    impl="philox",
+    offset=0,
+    out=None,
+):
+    """Set elements to zero at random and scale the others by ``1 / (1 - rate)``.
+
+    Which elements are dropped is a function of the key, the rate and the element's index in C order, and of nothing
+    else: not of the number of threads, the machine, or the memory layout of ``x``.
+
+    Parameters
+    ----------
+    x : array_like
+        float32, float64, float16 or bfloat16, of any shape and memory layout.
+    rate : float
+        Probability of dropping an element, in [0, 1].
+    key : int or array of uint32, shape (2,), optional
+        An int in [0, 2**64), or the two words ``[high, low]`` as ``jax.random.key_data`` gives them.
+    rng : int or numpy.random.Generator, optional
+        Where a fresh key is drawn from.  Without ``key`` and ``rng`` the operating system gives one.
+    deterministic : bool
+        If true, return a copy of ``x``.
+    broadcast_dims : int or sequence of int
+        Dims along which the mask is shared; negative ones count from the end.
+    impl : {"philox", "threefry", "threefry_x64"}
+        Generator of the mask.  ``"philox"`` is the fast one.  ``"threefry"`` gives the mask of ``jax.random.bernoulli``
+        and so of Flax's Dropout for the same key, ``"threefry_x64"`` the one they give with ``jax_enable_x64``.
+    offset : int
+        Index of the first element: a part of a larger array can be processed alone with the mask of the whole.
+    out : ndarray, optional
+        Where to write the result; may be ``x`` itself.
+
+    Returns
+    -------
+    ndarray
+        Shape and dtype of ``x``; kept values are those of Flax bit for bit.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` has another dtype, or both ``key`` and ``rng`` are given.
+    ValueError
+        If ``rate``, ``key``, ``offset``, ``impl`` or ``broadcast_dims`` is out of range, or ``out`` does not fit.
+    KeyboardInterrupt
+        On Ctrl-C; ``out`` is then partly written.
+
+    Notes
+    -----
+    Inverted dropout, Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+    JMLR 15 (2014).  A dropped NaN or Inf becomes 0 too.
+
+    Examples
+    --------
+    >>> import numpy as np, pyreg
+    >>> pyreg.dropout(np.ones(8, np.float32), 0.5, key=7)
+    array([2., 2., 0., 2., 2., 2., 2., 0.], dtype=float32)
+    """
+    if deterministic:
+        rate = 0.0 if 0.0 <= rate <= 1.0 else rate
+    return _apply(x, rate, key, rng, broadcast_dims, impl, offset, out)
+
+
+def dropout_backward(dy, rate=0.5, *, key, broadcast_dims=(), impl="philox", offset=0, out=None):
+    """Gradient of :func:`dropout` with respect to ``x``: the same mask, made again from the key, and the same scale.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient with respect to the output, of the same shape.
+    rate, key, broadcast_dims, impl, offset
+        As given to :func:`dropout`.
+    out : ndarray, optional
+        Where to write the result; may be ``dy`` itself.
+
+    Returns
+    -------
+    ndarray
+        ``dx``, shape and dtype of ``dy``.
+
+    Examples
+    --------
+    >>> import numpy as np, pyreg
+    >>> pyreg.dropout_backward(np.ones(8, np.float32), 0.5, key=7)
+    array([2., 2., 0., 2., 2., 2., 2., 0.], dtype=float32)
+    """
+    if key is None:
+        raise TypeError("key is None; wanted the key that the forward pass used")
+    return _apply(dy, rate, key, None, broadcast_dims, impl, offset, out, name="dy")
+
+
+def dropout_mask(shape, rate=0.5, *, key, broadcast_dims=(), impl="philox", offset=0, packed=False):
+    """The mask that :func:`dropout` uses: true where an element is kept.
+
+    Parameters
+    ----------
+    shape : int or tuple of int
+        Shape of the array that the mask is for.
+    rate, key, broadcast_dims, impl, offset
+        As in :func:`dropout`.
+    packed : bool
+        If true, return the mask in C order as bits, least significant bit first (``bitorder="little"`` of
+        ``numpy.unpackbits``), spare bits 0.
+
+    Returns
+    -------
+    ndarray
+        bool, of ``shape`` with 1 in each broadcast dim; or uint8, shape ``((n + 7) // 8,)``, if packed.
+
+    Examples
+    --------
+    >>> import pyreg
+    >>> pyreg.dropout_mask(8, 0.5, key=7)
+    array([ True,  True, False,  True,  True,  True,  True, False])
+    >>> pyreg.dropout_mask(8, 0.5, key=7, packed=True)
+    array([123], dtype=uint8)
+    """
+    shape = (shape,) if isinstance(shape, int) else tuple(operator.index(n) for n in shape)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape is {shape}; wanted lengths of 0 or more")
+    shape = _mask_shape(shape, broadcast_dims)
+    rate, key, generator = _check_rate(rate), _check_key(key), _check_impl(impl)
+    out = np.empty(shape, np.bool_)
+    n = out.size
+    offset = _check_offset(offset, n)
+    if packed:
+        out = np.empty((n + 7) // 8, np.uint8)
+    _core.dropout_mask(n, out, packed, generator, key, rate, offset)
+    return out
+
+
+# ---- Threads ---------------------------------------------------------------------------------------------------------
+
+
+def get_num_threads():
+    """Number of threads that the next large call from this thread will use."""
+    return _core.get_num_threads()
+
+
+def _check_threads(n):
+    if operator.index(n) < 1:
+        raise ValueError(f"number of threads is {n}; wanted 1 or more, or None for automatic")
+    return n
+
+
+def set_num_threads(n):
+    """Set the number of threads for the whole process; ``None`` chooses automatically again.
+
+    Automatic is what ``OMP_NUM_THREADS`` or the number of CPUs gives, at most the CPUs that the process may run on and
+    the CPU quota of its container.  Limits set by ``threadpoolctl`` hold in any case.  Results never depend on it.
+    """
+    _core.set_num_threads(0 if n is None else _check_threads(n))
+
+
+@contextlib.contextmanager
+def num_threads(n):
+    """Use ``n`` threads in calls from this thread while the context is active.
+
+    Examples
+    --------
+    >>> import numpy as np, pyreg
+    >>> with pyreg.num_threads(1):
+    ...     y = pyreg.dropout(np.ones(8), 0.5)
+    """
+    previous = _core.use_threads(_check_threads(n))
+    try:
+        yield
+    finally:
+        _core.use_threads(previous)
