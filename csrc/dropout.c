@@ -5,6 +5,7 @@
 #include "parallel.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 /* Elements a thread claims at once: long enough to hide the claim, short enough to share out and to interrupt. */
@@ -104,8 +105,28 @@ struct dropout {
     struct dim row, outer[PYREG_MAX_DIMS];
     int num_outer;
     size_t rows, part, rows_per_chunk, chunks_per_part; /* a chunk is some rows of one part of the row dim */
-    bool contiguous, stream;
+    bool contiguous, large; /* large: past the cache */
 };
+
+/* Past the cache streaming stores take 0.6 to 1.2 times the time of ordinary ones, as the machine will have it: the
+ * first chunks of large calls try both in turn. */
+enum { TRIALS = 32 };
+static struct {
+    atomic_ullong chunks, ns;
+} trials[2];
+
+static bool choose_streaming(size_t chunk) {
+    unsigned long long n[2], ns[2];
+    for (int s = 0; s < 2; s++) n[s] = atomic_load(&trials[s].chunks), ns[s] = atomic_load(&trials[s].ns);
+    if (n[0] < TRIALS || n[1] < TRIALS) return chunk % 2;
+    return ns[1] * n[0] < ns[0] * n[1];
+}
+
+static void count_trial(bool streaming, uint64_t ns) {
+    if (atomic_load(&trials[streaming].chunks) >= TRIALS) return;
+    atomic_fetch_add(&trials[streaming].ns, ns);
+    atomic_fetch_add(&trials[streaming].chunks, 1);
+}
 
 static void copy_strided(size_t size, size_t n, const char *from, int64_t from_stride, char *to, int64_t to_stride) {
     switch (size) {
@@ -116,7 +137,8 @@ static void copy_strided(size_t size, size_t n, const char *from, int64_t from_s
 }
 
 /* n <= MASK_TILE consecutive elements of a row, the first at mask index `index`. */
-static void dropout_tile(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t n) {
+static void dropout_tile(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t n,
+                         bool stream) {
     char tile[MASK_TILE * sizeof(double)] __attribute__((aligned(64)));
     const int64_t size = (int64_t)op->size;
     const char *in = x;
@@ -131,13 +153,13 @@ static void dropout_tile(const struct dropout *op, struct window *w, const char 
         memset(out, 0, n * op->size);
     } else if (op->row.mask == 1) {
         size_t at = look_at(w, &op->draw, op->make, index, n);
-        op->kernels->dropout(in, out, n, w->keep + at / 32, at % 32, op->scale, op->stream);
+        op->kernels->dropout(in, out, n, w->keep + at / 32, at % 32, op->scale, stream);
     } else { /* one bit for the whole row, or bits that are not neighbours */
         uint32_t keep[MASK_TILE / 32 + 2] = {0};
         if (op->row.mask == 0 && bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1))) memset(keep, 0xff, sizeof keep);
         for (size_t j = 0; op->row.mask && j < n; j++, index += (uint64_t)op->row.mask)
             keep[j / 32] |= (uint32_t)bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1)) << j % 32;
-        op->kernels->dropout(in, out, n, keep, 0, op->scale, op->stream);
+        op->kernels->dropout(in, out, n, keep, 0, op->scale, stream);
     }
     if (!op->contiguous) copy_strided(op->size, n, tile, size, y, op->row.y);
 }
@@ -146,6 +168,8 @@ static void dropout_chunk(void *work, size_t chunk) {
     const struct dropout *op = work;
     struct window w;
     w.bits = 0;
+    const bool stream = op->large && choose_streaming(chunk);
+    const uint64_t start = op->large ? clock_ns() : 0;
     const int64_t from = (int64_t)(chunk / op->chunks_per_part * op->part);
     const int64_t to = op->row.length < from + (int64_t)op->part ? op->row.length : from + (int64_t)op->part;
     size_t r = chunk % op->chunks_per_part * op->rows_per_chunk;
@@ -161,16 +185,16 @@ static void dropout_chunk(void *work, size_t chunk) {
             rest /= (size_t)dim->length;
             x += j * dim->x, y += j * dim->y, index += (uint64_t)(j * dim->mask);
         }
-        size_t left = (size_t)(to - from), n = MASK_TILE;
-        if (op->stream) n -= (uintptr_t)y / op->size % (64 / op->size); /* later tiles start on a cache line */
-        for (; left; n = MASK_TILE) {
-            n = n < left ? n : left;
-            dropout_tile(op, &w, x, y, index, n);
+        for (size_t left = (size_t)(to - from), n; left; left -= n) {
+            n = MASK_TILE < left ? MASK_TILE : left;
+            size_t over = (uintptr_t)y % 64; /* long rows go on from a cache line: full speed, and streaming needs it */
+            if (over && op->contiguous && left > MASK_TILE) n = (64 - over) / op->size;
+            dropout_tile(op, &w, x, y, index, n, stream && !over);
             x += (int64_t)n * op->row.x, y += (int64_t)n * op->row.y, index += n * (uint64_t)op->row.mask;
-            left -= n;
         }
     }
-    if (op->stream) op->kernels->stream_end();
+    if (stream) op->kernels->stream_end();
+    if (op->large) count_trial(stream, clock_ns() - start);
 }
 
 static int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
@@ -246,7 +270,7 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.size = dtype_bytes[dtype];
     plan_rows(&op, ndim, dims);
     const size_t bytes = (size_t)count * op.size;
-    op.stream = op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
+    op.large = op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
 
     const struct phase phase = {(size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
     const double ns = mask->generator == PYREG_PHILOX ? 0.2 : 1.0; /* an element, roughly */

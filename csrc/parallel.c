@@ -71,17 +71,19 @@ static bool (*_Atomic interrupt_check)(void);
 
 void pyreg_set_interrupt_check(bool (*check)(void)) { atomic_store(&interrupt_check, check); }
 
-static double now(void) {
+uint64_t clock_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
-static bool interrupted(double *next) { /* only ever called by the thread that called us */
+static const uint64_t interrupt_every_ns = 50000000, never = UINT64_MAX;
+
+static bool interrupted(uint64_t *next) { /* only ever called by the thread that called us */
     bool (*check)(void) = atomic_load_explicit(&interrupt_check, memory_order_relaxed);
-    if (!check || now() < *next) return false;
+    if (!check || *next == never || clock_ns() < *next) return false;
     bool stop = check();
-    *next = now() + 0.05;
+    *next = clock_ns() + interrupt_every_ns;
     return stop;
 }
 
@@ -91,11 +93,11 @@ static bool interrupted(double *next) { /* only ever called by the thread that c
 static const double parallel_from_ns = 200e3;
 
 static enum pyreg_status run_serial(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
-    double next = serial_ns > 10e6 ? now() + 0.05 : 1e300;
+    uint64_t next = serial_ns > 10e6 ? clock_ns() + interrupt_every_ns : never; /* short: not worth a clock */
     for (size_t p = 0; p < num_phases; p++)
         for (size_t c = 0; c < phases[p].chunks; c++) {
             phases[p].run(work, c);
-            if (next < 1e300 && interrupted(&next)) return PYREG_INTERRUPTED;
+            if (interrupted(&next)) return PYREG_INTERRUPTED;
         }
     return PYREG_OK;
 }
@@ -121,7 +123,7 @@ enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, vo
     {
         fp_mode own = fp_get();
         fp_set(mode);
-        double next = now() + 0.05;
+        uint64_t next = clock_ns() + interrupt_every_ns;
         bool caller = omp_get_thread_num() == 0;
         for (size_t p = 0; p < num_phases; p++) {
             size_t chunks = phases[p].chunks;

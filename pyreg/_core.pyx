@@ -14,6 +14,12 @@ cdef extern from "Python.h" nogil:
     int PyErr_CheckSignals()
 
 
+cdef extern from "numpy/arrayobject.h":  # not in Cython's own declarations
+    enum:
+        NPY_HALF
+    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
+
+
 cdef extern from "pyreg.h" nogil:
     ctypedef bint c_bool "bool"
     enum pyreg_status:
@@ -89,6 +95,72 @@ cdef pyreg_mask make_mask(int generator, uint64_t key, double rate, uint64_t off
     return mask
 
 
+# ---- Arrays, fast: what _ops.py asks about every argument of every call -----------------------------------------------
+
+cdef int bfloat16_num = -1  # NumPy numbers the types of other packages as they are loaded
+
+
+def set_bfloat16(dtype):
+    global bfloat16_num
+    bfloat16_num = dtype.num
+
+
+def dtype_code(cnp.ndarray x):
+    """F32, F64, F16 or BF16; -1 if x is of another type, in foreign byte order or not aligned."""
+    if not cnp.PyArray_ISBEHAVED_RO(x):
+        return -1
+    cdef int num = cnp.PyArray_TYPE(x)
+    if num == cnp.NPY_FLOAT:
+        return PYREG_F32
+    if num == cnp.NPY_DOUBLE:
+        return PYREG_F64
+    if num == NPY_HALF:
+        return PYREG_F16
+    return PYREG_BF16 if num == bfloat16_num else -1
+
+
+def empty_like(cnp.ndarray x):
+    return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+
+
+def fits(cnp.ndarray out, cnp.ndarray x):
+    """Whether out has the shape and dtype of x and can be written as it is."""
+    return cnp.PyArray_SAMESHAPE(out, x) and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(x) and cnp.PyArray_ISBEHAVED(out)
+
+
+cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
+    """First byte of x, and the first after it."""
+    cdef size_t low = <size_t>cnp.PyArray_DATA(x), high = low + <size_t>cnp.PyArray_ITEMSIZE(x)
+    cdef cnp.npy_intp reach
+    cdef int d
+    for d in range(x.ndim):
+        reach = (cnp.PyArray_DIM(x, d) - 1) * cnp.PyArray_STRIDE(x, d)
+        if reach < 0:
+            low -= <size_t>-reach
+        else:
+            high += <size_t>reach
+    return low, high
+
+
+def partly_overlap(cnp.ndarray x, cnp.ndarray y):
+    """Whether writing y may spoil elements of x that are still to be read; same shapes."""
+    cdef size_t x_low, x_high, y_low, y_high
+    cdef int d
+    if cnp.PyArray_DATA(x) == cnp.PyArray_DATA(y):
+        for d in range(x.ndim):
+            if cnp.PyArray_STRIDE(x, d) != cnp.PyArray_STRIDE(y, d):
+                break
+        else:
+            return False  # in place
+    if cnp.PyArray_SIZE(x) == 0:
+        return False
+    x_low, x_high = bounds(x)
+    y_low, y_high = bounds(y)
+    return x_low < y_high and y_low < x_high
+
+
+# ---- Dropout ---------------------------------------------------------------------------------------------------------
+
 def dropout(int dtype, cnp.ndarray x, cnp.ndarray y, int generator, uint64_t key, double rate, uint64_t offset,
             bint scaled, mask_strides):
     """y = dropout(x).  mask_strides: a tuple of x.ndim ints, or None for C order."""
@@ -117,6 +189,8 @@ def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t
         status = pyreg_dropout_mask(&mask, n, packed, <uint8_t *>cnp.PyArray_DATA(out))
     check(status)
 
+
+# ---- Threads and build -----------------------------------------------------------------------------------------------
 
 def get_num_threads():
     return pyreg_get_num_threads()

@@ -10,12 +10,6 @@ from pyreg import _core
 
 __all__ = ["dropout", "dropout_backward", "dropout_mask", "get_num_threads", "num_threads", "set_num_threads"]
 
-# The element types.  bfloat16 has no type of its own in NumPy: it is recognised by name when it first comes.
-_DTYPES = {
-    np.dtype(np.float32): _core.F32,
-    np.dtype(np.float64): _core.F64,
-    np.dtype(np.float16): _core.F16,
-}
 _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _core.THREEFRY_X64}
 
 
@@ -25,16 +19,14 @@ _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _c
 def _as_input(x, name="x"):
     """x as an aligned array in native byte order, and the code of its dtype."""
     x = np.asarray(x)
-    code = _DTYPES.get(x.dtype)
-    if code is None or not x.flags.aligned:
-        if x.dtype.name == "bfloat16":
-            _DTYPES[x.dtype] = _core.BF16
-        elif not x.dtype.isnative:
+    code = _core.dtype_code(x)
+    if code < 0:
+        if x.dtype.name == "bfloat16":  # of ml_dtypes, known by name: pyreg does not depend on it
+            _core.set_bfloat16(x.dtype)
+        if not (x.dtype.isnative and x.flags.aligned):
             x = x.astype(x.dtype.newbyteorder("="))
-        elif code is not None:
-            x = x.copy()
-        code = _DTYPES.get(x.dtype)
-        if code is None:
+        code = _core.dtype_code(x)
+        if code < 0:
             raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
     return x, code
 
@@ -42,17 +34,12 @@ def _as_input(x, name="x"):
 def _check_out(out, x, name="x"):
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
-    if out.shape != x.shape or out.dtype != x.dtype:
+    if out.shape != x.shape or out.dtype.newbyteorder("=") != x.dtype:
         raise ValueError(
             f"out has shape {out.shape} and dtype {out.dtype}; wanted those of {name}: {x.shape} and {x.dtype}"
         )
     if not out.flags.writeable:
         raise ValueError("out is read-only; wanted a writable array")
-    return out
-
-
-def _same_layout(a, b):
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
 
 
 def _check_rate(rate):
@@ -63,7 +50,7 @@ def _check_rate(rate):
 
 def _check_key(key):
     """key as an int in [0, 2**64)."""
-    if not isinstance(key, int):
+    if type(key) is not int:
         words = np.asarray(key)
         if words.dtype == np.uint32 and words.shape == (2,):
             return int(words[0]) << 32 | int(words[1])
@@ -126,13 +113,12 @@ def _mask_strides(shape, mask_shape):
 def _apply(x, rate, key, rng, broadcast_dims, impl, offset, out, scaled=True, name="x"):
     x, code = _as_input(x, name)
     rate = _check_rate(rate)
-    generator = _check_impl(impl)
-    if broadcast_dims == ():
-        strides, mask_size = None, x.size
-    else:
-        mask_shape = _mask_shape(x.shape, broadcast_dims)
-        strides, mask_size = _mask_strides(x.shape, mask_shape), x.size
-    offset = _check_offset(offset, mask_size)
+    generator = _IMPLS[impl] if impl in _IMPLS else _check_impl(impl)
+    strides = None
+    if broadcast_dims != ():
+        strides = _mask_strides(x.shape, _mask_shape(x.shape, broadcast_dims))
+    if offset != 0:
+        offset = _check_offset(offset, x.size)
     if key is None:
         key = fresh_key(rng) if 0.0 < rate < 1.0 else 0
     else:
@@ -140,14 +126,17 @@ def _apply(x, rate, key, rng, broadcast_dims, impl, offset, out, scaled=True, na
             raise TypeError("both key and rng are given; wanted one of them")
         key = _check_key(key)
 
+    y = out
     if out is None:
-        y = np.empty_like(x, subok=False)
-    else:
-        y = _check_out(out, x, name)
-        if y is not x and np.may_share_memory(x, y) and not _same_layout(x, y):
+        y = _core.empty_like(x)
+    elif y is not x:
+        if not isinstance(y, np.ndarray) or not _core.fits(y, x):
+            _check_out(y, x, name)
+            y = _core.empty_like(x)  # out is not aligned, or in foreign byte order
+        elif _core.partly_overlap(x, y):
             x = x.copy()
-        if not y.flags.aligned:
-            y = np.empty_like(x)
+    elif not x.flags.writeable:
+        _check_out(y, x, name)
     _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
     if out is not None and y is not out:
         out[...] = y

@@ -5,10 +5,11 @@
 #include "elem.h"
 #include "kernels.h"
 #include "stream.h"
+#include "vec.h"
 
-/* Cache lines are asked for this far ahead: while a tile's bits are made no load is in flight, and the hardware's own
- * prefetcher stops at page ends. */
-enum { PREFETCH_BYTES = 8192, LINE_BYTES = 64, WORD = 32 };
+/* Cache lines, also those that will be written, are asked for this far ahead: while a tile's bits are made nothing else
+ * is in flight, and the hardware's own prefetcher stops at page ends. */
+enum { PREFETCH_BYTES = 4096, LINE_BYTES = 64, WORD = 32 };
 
 /* Word j of the bits, which start `shift` bits into keep[]. */
 static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
@@ -20,9 +21,61 @@ static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
     return kept ? y : 0;
 }
 
+#if defined(PYREG_BF16) || (defined(PYREG_F16) && defined(__F16C__))
+/* y[j] = bit j of kept ? v[j] : 0, for a vector of 16-bit elements. */
+static inline void store_kept(elem_t *y, vec16 v, uint32_t kept) {
+#if defined(__AVX512BW__)
+    _mm512_storeu_si512(y, _mm512_maskz_mov_epi16(kept, (__m512i)v));
+#else
+    static const uint16_t powers[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    vec16 bit;
+    memcpy(&bit, powers, sizeof bit);
+    v &= (vec16)(((uint16_t)kept & bit) == bit);
+    memcpy(y, &v, sizeof v);
+#endif
+}
+#endif
+
+/* One vector of x * scale, in the element type. */
+#if defined(PYREG_BF16)
+static inline vec16 scaled(const elem_t *x, acc_t scale) {
+    /* Two in each 32-bit lane: the upper one is a float once the lower is cleared, the lower once it is shifted up.
+     * Rounding needs no care for NaN: the product of a bfloat16 NaN ends in 16 zero bits, which do not carry. */
+    vec32 pair;
+    memcpy(&pair, x, sizeof pair);
+    vec32 a = (vec32)((vecf)(pair & 0xffff0000u) * scale), b = (vec32)((vecf)(pair << 16) * scale);
+    a += 0x7fff + (a >> 16 & 1);
+    b += 0x7fff + (b >> 16 & 1);
+    return (vec16)((a & 0xffff0000u) | b >> 16);
+}
+#elif defined(PYREG_F16) && defined(__AVX512F__)
+static inline vec16 scaled(const elem_t *x, acc_t scale) {
+    __m256i half[2];
+    for (int h = 0; h < 2; h++) {
+        __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x + h));
+        half[h] = _mm512_cvtps_ph(_mm512_mul_ps(a, _mm512_set1_ps(scale)), _MM_FROUND_TO_NEAREST_INT);
+    }
+    return (vec16)_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+}
+#elif defined(PYREG_F16) && defined(__F16C__)
+static inline vec16 scaled(const elem_t *x, acc_t scale) {
+    __m128i half[2];
+    for (int h = 0; h < 2; h++) {
+        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x + h));
+        half[h] = _mm256_cvtps_ph(_mm256_mul_ps(a, _mm256_set1_ps(scale)), _MM_FROUND_TO_NEAREST_INT);
+    }
+    return (vec16)_mm256_set_m128i(half[1], half[0]);
+}
+#endif
+
 /* x, y: 32 elements. */
 static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t scale) {
+#if defined(PYREG_BF16) || (defined(PYREG_F16) && defined(__F16C__))
+    for (int j = 0; j < WORD; j += LANES16) store_kept(y + j, scaled(x + j, scale), kept >> j);
+#else
     for (uint32_t j = 0; j < WORD; j++) y[j] = dropout_elem(x[j], kept & UINT32_C(1) << j, scale);
+#endif
 }
 
 static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, unsigned shift, double scale_, bool stream) {
@@ -31,8 +84,10 @@ static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, un
     acc_t scale = (acc_t)scale_;
     size_t j = 0;
     for (; j + WORD <= n; j += WORD) {
-        for (size_t b = 0; b < WORD * sizeof(elem_t); b += LINE_BYTES)
+        for (size_t b = 0; b < WORD * sizeof(elem_t); b += LINE_BYTES) {
             __builtin_prefetch((const char *)(x + j) + b + PREFETCH_BYTES);
+            if (!stream) __builtin_prefetch((const char *)(y + j) + b + PREFETCH_BYTES, 1);
+        }
         uint32_t kept = keep_word(keep, shift, j / WORD);
         if (stream) {
             elem_t line[WORD] __attribute__((aligned(LINE_BYTES)));

@@ -18,10 +18,12 @@ enum { VEC_BYTES = 32 };
 #else
 enum { VEC_BYTES = 16 };
 #endif
-enum { LANES32 = VEC_BYTES / 4, LANES64 = VEC_BYTES / 8 };
+enum { LANES16 = VEC_BYTES / 2, LANES32 = VEC_BYTES / 4, LANES64 = VEC_BYTES / 8 };
 
 typedef uint64_t vec64 __attribute__((vector_size(VEC_BYTES)));
 typedef uint32_t vec32 __attribute__((vector_size(VEC_BYTES)));
+typedef uint16_t vec16 __attribute__((vector_size(VEC_BYTES)));
+typedef float vecf __attribute__((vector_size(VEC_BYTES)));
 
 static inline vec64 splat64(uint64_t v) { return v - (vec64){0}; }
 static inline vec32 splat32(uint32_t v) { return v - (vec32){0}; }
@@ -90,7 +92,15 @@ static inline vec64 xor3(vec64 a, vec64 b, vec64 c) {
 #endif
 }
 
-static inline vec32 rotate_left(vec32 v, int n) { return v << n | v >> (32 - n); }
+static inline vec32 rotate_left(vec32 v, int n) {
+#if defined(__AVX2__) && !defined(__AVX512F__) /* by whole bytes: one shuffle instead of two shifts and an or */
+    const __m256i by16 = _mm256_setr_epi32(0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e, 0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e);
+    const __m256i by24 = _mm256_setr_epi32(0x00030201, 0x04070605, 0x080b0a09, 0x0c0f0e0d, 0x00030201, 0x04070605, 0x080b0a09, 0x0c0f0e0d);
+    if (n == 16) return (vec32)_mm256_shuffle_epi8((__m256i)v, by16);
+    if (n == 24) return (vec32)_mm256_shuffle_epi8((__m256i)v, by24);
+#endif
+    return v << n | v >> (32 - n);
+}
 
 /* Bit j = (a[j] < b[j]), for values below 2^31. */
 static inline uint32_t less_bits(vec32 a, vec32 b) {
