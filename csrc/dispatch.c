@@ -43,16 +43,20 @@ enum { NUM_ISAS = sizeof isas / sizeof isas[0] };
 
 static const struct isa *in_use = &isas[NUM_ISAS - 1];
 
-enum pyreg_status pyreg_init(void) {
-    const char *forced = getenv("PYREG_ISA");
+enum pyreg_status pyreg_use_isa(const char *name) {
     for (size_t i = 0; i < NUM_ISAS; i++) {
-        if (forced && *forced && strcmp(forced, isas[i].name) != 0) continue;
+        if (name && strcmp(name, isas[i].name) != 0) continue;
         if (isas[i].supported()) {
             in_use = &isas[i];
             return PYREG_OK;
         }
     }
     return PYREG_BAD_ISA;
+}
+
+enum pyreg_status pyreg_init(void) {
+    const char *forced = getenv("PYREG_ISA");
+    return pyreg_use_isa(forced && *forced ? forced : NULL);
 }
 
 const char *pyreg_isa_name(void) { return in_use->name; }

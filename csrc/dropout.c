@@ -105,6 +105,7 @@ struct dropout {
     struct dim row, outer[PYREG_MAX_DIMS];
     int num_outer;
     size_t rows, part, rows_per_chunk, chunks_per_part; /* a chunk is some rows of one part of the row dim */
+    size_t tile; /* elements whose bits are made before they are applied */
     bool contiguous, large; /* large: past the cache */
 };
 
@@ -186,7 +187,7 @@ static void dropout_chunk(void *work, size_t chunk) {
             x += j * dim->x, y += j * dim->y, index += (uint64_t)(j * dim->mask);
         }
         for (size_t left = (size_t)(to - from), n; left; left -= n) {
-            n = MASK_TILE < left ? MASK_TILE : left;
+            n = op->tile < left ? op->tile : left;
             size_t over = (uintptr_t)y % 64; /* long rows go on from a cache line: full speed, and streaming needs it */
             if (over && op->contiguous && left > MASK_TILE) n = (64 - over) / op->size;
             dropout_tile(op, &w, x, y, index, n, stream && !over);
@@ -268,6 +269,8 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.x = x;
     op.y = y;
     op.size = dtype_bytes[dtype];
+    /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
+    op.tile = mask->generator == PYREG_PHILOX ? MASK_TILE : MASK_GROUP;
     plan_rows(&op, ndim, dims);
     const size_t bytes = (size_t)count * op.size;
     op.large = op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
@@ -288,6 +291,11 @@ struct mask_op {
     uint8_t *out;
 };
 
+/* The 32 bits from a position on. */
+static uint32_t word_at(const uint32_t *keep, size_t at) {
+    return (uint32_t)(((uint64_t)keep[at / 32 + 1] << 32 | keep[at / 32]) >> at % 32);
+}
+
 static void mask_chunk(void *work, size_t chunk) {
     const struct mask_op *op = work;
     struct window w;
@@ -296,11 +304,15 @@ static void mask_chunk(void *work, size_t chunk) {
     for (size_t n; j < end; j += n) {
         n = end - j < MASK_TILE ? end - j : MASK_TILE;
         size_t at = look_at(&w, &op->draw, op->make, op->mask->offset + j, n);
-        if (op->packed) {
-            memset(op->out + j / 8, 0, (n + 7) / 8);
-            for (size_t k = 0; k < n; k++) op->out[(j + k) / 8] |= (uint8_t)(bit_at(w.keep, at + k) << k % 8);
-        } else {
-            for (size_t k = 0; k < n; k++) op->out[j + k] = bit_at(w.keep, at + k);
+        for (size_t k = 0; k < n; k += 32) {
+            uint32_t word = word_at(w.keep, at + k);
+            size_t bits = n - k < 32 ? n - k : 32;
+            if (!op->packed) {
+                for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;
+                continue;
+            }
+            if (bits < 32) word &= (UINT32_C(1) << bits) - 1;
+            for (size_t b = 0; b < bits; b += 8) op->out[(j + k + b) / 8] = (uint8_t)(word >> b);
         }
     }
 }
@@ -316,4 +328,14 @@ enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bo
     }
     const struct phase phase = {(n + CHUNK - 1) / CHUNK, mask_chunk};
     return parallel_run(&phase, 1, &op, (double)n);
+}
+
+/* ---- The generators alone ---------------------------------------------------------------------------------------- */
+
+void pyreg_philox4x32_10(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]) {
+    dispatch_masks()->philox_block(key, counter, out);
+}
+
+void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]) {
+    dispatch_masks()->threefry_block(key, counter, out);
 }

@@ -78,6 +78,10 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
  * in (n + 7) / 8 bytes with the spare bits 0. */
 enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bool packed, uint8_t *out);
 
+/* One block of the generators, as the instruction set in use computes it. */
+void pyreg_philox4x32_10(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]);
+void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]);
+
 /* ---- Threads ----------------------------------------------------------------------------------------------------
  * Number of threads of the next call from this thread: pyreg_use_threads(n) of this thread if n > 0, else
  * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A limit set
@@ -90,7 +94,8 @@ int pyreg_use_threads(int n);           /* calling thread only; 0: as the proces
 void pyreg_set_interrupt_check(bool (*check)(void));
 
 /* ---- Build and machine ------------------------------------------------------------------------------------------ */
-enum pyreg_status pyreg_init(void);          /* reads PYREG_ISA, chooses the instruction set.  Call it first */
+enum pyreg_status pyreg_init(void); /* chooses the instruction set: PYREG_ISA, else the best.  Call it first */
+enum pyreg_status pyreg_use_isa(const char *name); /* changes it, NULL: the best; not while other calls run */
 const char *pyreg_isa_name(void);            /* the one in use */
 const char *pyreg_isa_available(int i);      /* i-th that this machine can run, best first; NULL past the end */
 const char *pyreg_compiler(void);

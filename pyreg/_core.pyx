@@ -53,12 +53,16 @@ cdef extern from "pyreg.h" nogil:
         const int64_t *x_strides, void *y, const int64_t *y_strides, const int64_t *mask_strides)
     pyreg_status pyreg_dropout_mask(const pyreg_mask *mask, size_t n, c_bool packed, uint8_t *out)
 
+    void pyreg_philox4x32_10(const uint32_t *key, const uint32_t *counter, uint32_t *out)
+    void pyreg_threefry2x32_20(const uint32_t *key, const uint32_t *counter, uint32_t *out)
+
     int pyreg_get_num_threads()
     void pyreg_set_num_threads(int n)
     int pyreg_use_threads(int n)
     void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
 
     pyreg_status pyreg_init()
+    pyreg_status pyreg_use_isa(const char *name)
     const char *pyreg_isa_name()
     const char *pyreg_isa_available(int i)
     const char *pyreg_compiler()
@@ -190,6 +194,20 @@ def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t
     check(status)
 
 
+def random_block(int generator, key, counter):
+    """One block of Philox4x32-10 or Threefry2x32-20: tuples of 32-bit words in and out."""
+    cdef uint32_t[2] k
+    cdef uint32_t[4] c, out
+    k[0], k[1] = key
+    if generator == PYREG_PHILOX:
+        c[0], c[1], c[2], c[3] = counter
+        pyreg_philox4x32_10(k, c, out)
+        return out[0], out[1], out[2], out[3]
+    c[0], c[1] = counter
+    pyreg_threefry2x32_20(k, c, out)
+    return out[0], out[1]
+
+
 # ---- Threads and build -----------------------------------------------------------------------------------------------
 
 def get_num_threads():
@@ -204,15 +222,24 @@ def use_threads(int n):
     return pyreg_use_threads(n)
 
 
-def config():
-    available, i = [], 0
+def isa_available():
+    names, i = [], 0
     while pyreg_isa_available(i) != NULL:
-        available.append(pyreg_isa_available(i).decode())
+        names.append(pyreg_isa_available(i).decode())
         i += 1
+    return names
+
+
+def use_isa(str name):
+    """Change the instruction set of the process: for tests and benchmarks, not while other threads compute."""
+    check(pyreg_use_isa(name.encode()))
+
+
+def config():
     return {
         "compiler": pyreg_compiler().decode(),
         "isa": pyreg_isa_name().decode(),
-        "isa_available": available,
+        "isa_available": isa_available(),
         "openmp": pyreg_openmp_version(),
         "openmp_library": pyreg_openmp_library().decode(),
         "threads": pyreg_get_num_threads(),
@@ -223,12 +250,8 @@ def config():
 cdef init():
     if pyreg_init() != PYREG_OK:
         import os
-        names, i = [], 0
-        while pyreg_isa_available(i) != NULL:
-            names.append(pyreg_isa_available(i).decode())
-            i += 1
         raise ImportError(f"PYREG_ISA={os.environ.get('PYREG_ISA')!r} is not an instruction set that this machine can "
-                          f"run; choose from {', '.join(names)}")
+                          f"run; choose from {', '.join(isa_available())}")
     pyreg_set_interrupt_check(signal_arrived)
 
 

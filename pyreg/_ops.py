@@ -74,10 +74,9 @@ def fresh_key(rng=None):
 
 
 def _check_impl(impl):
-    try:
+    if isinstance(impl, str) and impl in _IMPLS:
         return _IMPLS[impl]
-    except (KeyError, TypeError):
-        raise ValueError(f"impl is {impl!r}; wanted one of {', '.join(map(repr, _IMPLS))}") from None
+    raise ValueError(f"impl is {impl!r}; wanted one of {', '.join(map(repr, _IMPLS))}")
 
 
 def _mask_shape(shape, broadcast_dims):
@@ -113,7 +112,7 @@ def _mask_strides(shape, mask_shape):
 def _apply(x, rate, key, rng, broadcast_dims, impl, offset, out, scaled=True, name="x"):
     x, code = _as_input(x, name)
     rate = _check_rate(rate)
-    generator = _IMPLS[impl] if impl in _IMPLS else _check_impl(impl)
+    generator = _check_impl(impl)
     strides = None
     if broadcast_dims != ():
         strides = _mask_strides(x.shape, _mask_shape(x.shape, broadcast_dims))

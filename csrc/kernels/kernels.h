@@ -26,6 +26,9 @@ struct mask_kernels {
     void (*philox)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
     void (*threefry)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
     void (*threefry_x64)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
+    /* The generators alone: one block, computed as the loops above do. */
+    void (*philox_block)(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]);
+    void (*threefry_block)(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]);
 };
 
 /* Loops over elements: one table an ISA and dtype.  x and y are arrays of that dtype. */

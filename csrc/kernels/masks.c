@@ -132,6 +132,14 @@ static void philox(const struct draw *draw, uint64_t first, size_t words, uint32
     if (more) resolve(draw, first, &ties, keep);
 }
 
+static void philox_block(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]) {
+    struct draw draw = {.key = {key[0], key[1]}};
+    prepare(&draw);
+    struct philox_state s = {splat64(counter[0]), splat64(counter[1]), splat64(counter[2]), splat64(counter[3])};
+    for (int r = 0; r < PHILOX_ROUNDS; r++) s = philox_round(s, draw.round_key[r][0], draw.round_key[r][1]);
+    out[0] = (uint32_t)s.c0[0], out[1] = (uint32_t)s.c1[0], out[2] = (uint32_t)s.c2[0], out[3] = (uint32_t)s.c3[0];
+}
+
 /* ---- threefry: element i's draw is Threefry at counter (high, low) of i; kept iff it is below the limit ---------- */
 
 /* Bits of CHAINS * LANES32 elements, from the one with the given index on, which is a multiple of that. */
@@ -179,6 +187,13 @@ static void threefry_x64(const struct draw *draw, uint64_t first, size_t words, 
     threefry_words(draw, first, words, keep, true);
 }
 
+static void threefry_block(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]) {
+    struct threefry_state s;
+    for (int c = 0; c < CHAINS; c++) s.x0[c] = splat32(counter[0]), s.x1[c] = splat32(counter[1]);
+    threefry2x32(key, &s);
+    out[0] = s.x0[CHAINS - 1][0], out[1] = s.x1[CHAINS - 1][0];
+}
+
 #define TABLE2(isa) pyreg_masks_##isa
 #define TABLE(isa) TABLE2(isa)
-const struct mask_kernels TABLE(PYREG_ISA) = {prepare, philox, threefry, threefry_x64};
+const struct mask_kernels TABLE(PYREG_ISA) = {prepare, philox, threefry, threefry_x64, philox_block, threefry_block};
