@@ -18,12 +18,13 @@ struct digits {
     vec32 less, equal;
 };
 
-/* Digits 4 q .. 4 q + 3, or + 7 if eight, of words at counters whose low halves are even[], odd[] (in turn) and whose
- * high half is `high`.  Of the first two rounds half is the same for all these counters, and most for all q. */
-static inline struct digits compare_digits(const struct draw *draw, vec64 even, vec64 odd, uint32_t high, uint32_t q,
+/* Digits 4 q .. 4 q + 3, or + 7 if eight, of the words at these counters (low halves; the high half is the same).
+ * Of the first two rounds half is the same for all of them, and most for all q. */
+static inline struct digits compare_digits(const struct draw *draw, vec32 counter, uint32_t high, uint32_t q,
                                            bool eight) {
     const uint64_t(*k)[2] = draw->round_key;
-    vec64 low[2] = {even, odd};
+    vec64 low[2]; /* even and odd words */
+    split_low(counter, &low[0], &low[1]);
     struct philox_state s[2][2]; /* [q][even, odd] */
     for (uint32_t g = 0; g < 1u + eight; g++) {
         uint64_t first = (uint64_t)PHILOX_M1 * (q + g);                                   /* p1 of round 1 */
@@ -92,18 +93,17 @@ static void resolve_word(const struct draw *draw, uint64_t counter, uint32_t ele
 }
 
 static void resolve(const struct draw *draw, uint64_t first, struct ties *ties, uint32_t *keep) {
-    for (int j = 0; j < LANES32; j++) ties->word[ties->count + (size_t)j] = ties->element[ties->count + (size_t)j] = 0;
-    for (size_t n = 0; n < ties->count; n += LANES32) {
-        vec64 even, odd;
-        for (int j = 0; j < LANES64; j++) {
-            even[j] = (uint32_t)first + ties->word[n + 2 * (size_t)j];
-            odd[j] = (uint32_t)first + ties->word[n + 2 * (size_t)j + 1];
-        }
-        struct digits d = compare_digits(draw, even, odd, (uint32_t)(first >> 32), 2, true);
+    for (size_t n = 0; n < ties->count; n += LANES32) { /* what lies past the count is computed and not used */
+        vec32 word;
+        memcpy(&word, ties->word + n, sizeof word);
+        struct digits d = compare_digits(draw, word + (uint32_t)first, (uint32_t)(first >> 32), 2, true);
+        uint32_t less[LANES32], equal[LANES32];
+        memcpy(less, &d.less, sizeof less);
+        memcpy(equal, &d.equal, sizeof equal);
         for (size_t j = 0; j < LANES32 && n + j < ties->count; j++) {
-            uint32_t word = ties->word[n + j], element = ties->element[n + j];
-            keep[word] &= ~(element & d.less[j]);
-            if (element & d.equal[j]) resolve_word(draw, first + word, element & d.equal[j], keep + word);
+            uint32_t at = ties->word[n + j], element = ties->element[n + j];
+            keep[at] &= ~(element & less[j]);
+            if (element & equal[j]) resolve_word(draw, first + at, element & equal[j], keep + at);
         }
     }
 }
@@ -118,14 +118,10 @@ static void philox(const struct draw *draw, uint64_t first, size_t words, uint32
     struct ties ties;
     ties.count = 0;
     bool eight = draw->limit << 4, more = draw->limit << 8;
-    vec64 even, odd;
-    for (uint32_t j = 0; j < LANES64; j++) {
-        even[j] = (uint32_t)first + 2 * j;
-        odd[j] = even[j] + 1;
-    }
-    for (uint32_t w = 0; w < words; w += LANES32, even += LANES32, odd += LANES32) {
-        struct digits d = eight ? compare_digits(draw, even, odd, (uint32_t)(first >> 32), 0, true)
-                                : compare_digits(draw, even, odd, (uint32_t)(first >> 32), 0, false);
+    vec32 counter = lane_numbers() + (uint32_t)first;
+    for (uint32_t w = 0; w < words; w += LANES32, counter += LANES32) {
+        struct digits d = eight ? compare_digits(draw, counter, (uint32_t)(first >> 32), 0, true)
+                                : compare_digits(draw, counter, (uint32_t)(first >> 32), 0, false);
         *(vec32 *)(keep + w) = ~d.less;
         if (more) collect(&ties, d.equal, w);
     }

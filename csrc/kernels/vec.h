@@ -74,6 +74,15 @@ static inline vec32 interleave_low(vec64 a, vec64 b) {
 #endif
 }
 
+/* The converse: v0, v2, ... and v1, v3, ... in the low halves of 64-bit lanes, garbage above. */
+static inline void split_low(vec32 v, vec64 *even, vec64 *odd) {
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    *even = (vec64)v >> 32, *odd = (vec64)v;
+#else
+    *even = (vec64)v, *odd = (vec64)v >> 32;
+#endif
+}
+
 /* mask ? a : b, bit by bit. */
 static inline vec32 select32(vec32 mask, vec32 a, vec32 b) {
 #if defined(__AVX512F__)
