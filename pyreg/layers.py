@@ -1,5 +1,7 @@
 """NumPy layers: state, and the functions of ``_ops`` applied to it."""
 
+import copy
+
 import numpy as np
 
 from pyreg import _ops
@@ -11,6 +13,10 @@ class Layer:
     """What layers share: training or evaluation."""
 
     training = True
+
+    def __copy__(self):
+        """A copy shares no state with its original."""
+        return copy.deepcopy(self)
 
     def train(self, mode=True):
         """Switch to training (or, if ``mode`` is false, to evaluation); returns the layer."""
