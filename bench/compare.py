@@ -116,9 +116,13 @@ def plot(op, records, path):
     rows, threads = (list(dict.fromkeys(r[name] for r in records)) for name in (by, "threads"))
     names = list(dict.fromkeys(name for r in records for name in r["seconds"]))  # a name has one colour in all panels
     size = (6 * len(threads), 3.6 * len(rows))
-    fig, axes = plt.subplots(len(rows), len(threads), figsize=size, squeeze=False, sharex=True, sharey=True)
+    fig, axes = plt.subplots(
+        len(rows), len(threads), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
     for (i, row), (j, n), (k, name) in itertools.product(enumerate(rows), enumerate(threads), enumerate(names)):
         chosen = [r for r in records if r[by] == row and r["threads"] == n and name in r["seconds"]]
+        if not chosen:
+            continue
         elements = [r["elements"] for r in chosen]
         ns = [r["seconds"][name]["median"] / r["elements"] * 1e9 for r in chosen]
         ours = any(name.startswith(subject) for subject in op.SUBJECTS)
@@ -129,8 +133,8 @@ def plot(op, records, path):
         ax.set_xlabel("elements")
     for ax in axes[:, 0]:
         ax.set_ylabel("ns an element")
-    axes[-1][-1].legend(fontsize=8)
-    fig.tight_layout()
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     fig.savefig(path, dpi=110)
     console.print(f"wrote {path}")
 
