@@ -40,7 +40,7 @@ def neighbour():
         process.wait()
 
 
-def wait_until_quiet(patience=60):
+def wait_until_quiet(patience=10):
     """How many CPUs other processes use, once it is few or patience is over."""
     end = time.monotonic() + patience
     while (busy := busy_cpus()) > QUIET and time.monotonic() < end:
