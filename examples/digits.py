@@ -1,0 +1,300 @@
+"""A network of two hidden layers learns handwritten digits from partly wrong labels, with and without dropout.
+
+    python examples/digits.py [--seeds 5] [--epochs 40] [--rate 0.5] [--out results]
+
+The data are scikit-learn's 1,797 images of 8 x 8 pixels.  There are 1,000 for training, and 40 % of their labels are
+replaced by random ones; the rest, labelled correctly, are for testing.  A network that is trained long enough learns
+the wrong labels by heart.  Dropout makes that hard.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+# Read when NumPy is loaded.  One BLAS thread is the fastest for matrices this small; a core type would force the code
+# of another CPU.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ.pop("OPENBLAS_CORETYPE", None)
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import pyreg
+
+TRAIN_IMAGES, WRONG_LABELS = 1_000, 0.4
+WIDTH, BATCH, LEARNING_RATE = 256, 50, 1e-3
+
+console = Console(highlight=False)
+
+
+# ---- The network -----------------------------------------------------------------------------------------------------
+# A layer is called forwards, and backward(dy) turns the gradient of its output into that of its input.
+
+
+class Linear:
+    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator):
+        self.weight = rng.standard_normal((inputs, outputs), np.float32) * np.float32(np.sqrt(2 / inputs))
+        self.bias = np.zeros(outputs, np.float32)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        self.x = x
+        return x @ self.weight + self.bias
+
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        self.grads = [self.x.T @ dy, dy.sum(axis=0)]
+        return dy @ self.weight.T
+
+
+class ReLU:
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        self.y = np.maximum(x, 0)
+        return self.y
+
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        return dy * (self.y > 0)
+
+
+class Network:
+    def __init__(self, layers: list):
+        self.layers = layers
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def backward(self, dy: np.ndarray) -> None:
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+
+    def train(self, mode: bool = True) -> None:
+        for layer in self.layers:
+            if hasattr(layer, "train"):  # Linear and ReLU do the same in training and evaluation
+                layer.train(mode)
+
+
+class Adam:
+    """Kingma and Ba, "Adam: a method for stochastic optimization", 2015."""
+
+    def __init__(self, network: Network, learning_rate: float, beta1: float = 0.9, beta2: float = 0.999):
+        self.layers = [layer for layer in network.layers if isinstance(layer, Linear)]
+        self.learning_rate, self.beta1, self.beta2 = learning_rate, beta1, beta2
+        self.mean = [np.zeros_like(p) for p in self.parameters()]
+        self.square = [np.zeros_like(p) for p in self.parameters()]
+        self.steps = 0
+
+    def parameters(self) -> list[np.ndarray]:
+        return [p for layer in self.layers for p in (layer.weight, layer.bias)]
+
+    def step(self) -> None:
+        self.steps += 1
+        rate = self.learning_rate * np.sqrt(1 - self.beta2**self.steps) / (1 - self.beta1**self.steps)
+        grads = [g for layer in self.layers for g in layer.grads]
+        for p, g, m, v in zip(self.parameters(), grads, self.mean, self.square, strict=True):
+            m += (1 - self.beta1) * (g - m)
+            v += (1 - self.beta2) * (g * g - v)
+            p -= np.float32(rate) * m / (np.sqrt(v) + 1e-8)
+
+
+def cross_entropy_gradient(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Gradient of the mean of -log softmax(logits)[label]."""
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    p[np.arange(len(labels)), labels] -= 1
+    return p / np.float32(len(labels))
+
+
+def make_network(rate: float, seed: int) -> Network:
+    """64 pixels, two hidden layers with dropout after each, 10 classes.  The seed alone decides the first weights."""
+    rng = np.random.default_rng(seed)
+    layers: list = []
+    for i, inputs in enumerate((64, WIDTH)):
+        layers += [Linear(inputs, WIDTH, rng), ReLU()]
+        if rate:
+            layers.append(pyreg.Dropout(rate, rng=np.random.default_rng([seed, i])))
+    return Network([*layers, Linear(WIDTH, 10, rng)])
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def load_data(seed: int):
+    """Training images and labels, some wrong, and test images and labels."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
+    x, x_test, y, y_test = train_test_split(images, labels, train_size=TRAIN_IMAGES, stratify=labels, random_state=seed)
+    rng = np.random.default_rng(seed)
+    wrong = rng.choice(len(y), round(WRONG_LABELS * len(y)), replace=False)
+    y[wrong] = (y[wrong] + rng.integers(1, 10, len(wrong))) % 10
+    return x, y, x_test, y_test
+
+
+def accuracy(network: Network, x: np.ndarray, y: np.ndarray) -> float:
+    network.train(False)
+    return float((network(x).argmax(axis=1) == y).mean())
+
+
+def train(rate: float, seed: int, epochs: int, after_epoch) -> list[tuple[float, float]]:
+    """Accuracy on the training labels, wrong ones included, and on the test labels, after each epoch."""
+    x, y, x_test, y_test = load_data(seed)
+    network = make_network(rate, seed)
+    optimiser = Adam(network, LEARNING_RATE)
+    rng = np.random.default_rng(seed)  # the order of the batches
+    curve = []
+    for _ in range(epochs):
+        network.train()
+        for batch in rng.permutation(len(x)).reshape(-1, BATCH):
+            network.backward(cross_entropy_gradient(network(x[batch]), y[batch]))
+            optimiser.step()
+        curve.append((accuracy(network, x, y), accuracy(network, x_test, y_test)))
+        after_epoch()
+    return curve
+
+
+# ---- What dropout costs ----------------------------------------------------------------------------------------------
+
+
+class NumpyDropout:
+    """The usual way: draw floats, compare, multiply, and keep the mask for the backward pass."""
+
+    def __init__(self, rate: float, seed: int = 0):
+        self.keep, self.rng = 1 - rate, np.random.default_rng(seed)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        self.mask = self.rng.random(x.shape, dtype=np.float32) < self.keep
+        return x * self.mask * np.float32(1 / self.keep)
+
+    def backward(self, dy: np.ndarray) -> np.ndarray:
+        return dy * self.mask * np.float32(1 / self.keep)
+
+
+def median_seconds(calls: dict, rounds: int) -> dict[str, float]:
+    """Median time of each call.  They take turns, so that other work on the machine hits all alike."""
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s[1:]) for name, s in seconds.items()}  # the first round warms up
+
+
+def print_cost(rate: float) -> None:
+    """Time of dropout in a training step of the network above, and the memory it needs until the backward pass."""
+    x, y, _, _ = load_data(0)
+    x, y = x[:BATCH], y[:BATCH]
+    network = make_network(0, 0)
+    optimiser = Adam(network, LEARNING_RATE)
+    hidden = network.layers[1](network.layers[0](x))
+
+    def step():
+        network.backward(cross_entropy_gradient(network(x), y))
+        optimiser.step()
+
+    def forward_and_backward(layer):
+        return lambda: layer.backward(layer(hidden))
+
+    calls = {
+        "step": step,
+        "NumPy idiom": forward_and_backward(NumpyDropout(rate)),
+        "pyreg": forward_and_backward(pyreg.Dropout(rate, rng=0)),
+    }
+    seconds = median_seconds(calls, 300)
+    table = Table(title=f"Dropout in a training step: two layers of {BATCH} x {WIDTH} activations")
+    for header in ("", "time", "share of the step", "masks kept for backward"):
+        table.add_column(header, justify="right" if header else "left")
+    for name, mask_bytes in (("NumPy idiom", 2 * hidden.size), ("pyreg", 0)):
+        cost = 2 * seconds[name]
+        table.add_row(name, f"{cost * 1e6:.0f} us", f"{cost / (seconds['step'] + cost):.0%}", f"{mask_bytes:,} bytes")
+    console.print(table)
+    console.print("The backward pass of pyreg.Dropout stores no mask: it makes it again from the key.\n")
+
+
+def print_headline(size: int = 4_000_000, rate: float = 0.1) -> None:
+    x = np.random.default_rng(0).standard_normal(size, np.float32)
+    numpy_dropout = NumpyDropout(rate)
+    calls = {
+        "copy": x.copy,
+        "pyreg philox": lambda: pyreg.dropout(x, rate, key=1),
+        "pyreg threefry (Flax's mask)": lambda: pyreg.dropout(x, rate, key=1, impl="threefry"),
+        "NumPy idiom": lambda: numpy_dropout(x),
+    }
+    if find_spec("flax"):
+        import jax
+        from flax import nnx
+
+        flax_dropout = jax.jit(lambda key, x: nnx.Dropout(rate, deterministic=False)(x, rngs=key))
+        key, x_jax = jax.random.key(1), jax.numpy.asarray(x)
+        calls["Flax, jit"] = lambda: flax_dropout(key, x_jax).block_until_ready()
+    seconds = median_seconds(calls, 21)
+    times = ", ".join(f"{name} [bold]{s * 1e3:.1f} ms[/]" for name, s in seconds.items())
+    console.print(f"Dropout of {size // 10**6} million floats, {pyreg.get_num_threads()} threads: {times}.")
+
+
+# ---- The comparison --------------------------------------------------------------------------------------------------
+
+
+def plot(curves: dict[str, np.ndarray], path: Path) -> None:
+    """curves: name -> (seeds, epochs, [training, test]).  Means, and in a band the range over the seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for k, title in enumerate((f"training labels, {WRONG_LABELS:.0%} of them wrong", "test labels")):
+        for name, curve in curves.items():
+            epochs = np.arange(1, curve.shape[1] + 1)
+            axes[k].plot(epochs, curve[..., k].mean(axis=0), label=name)
+            axes[k].fill_between(epochs, curve[..., k].min(axis=0), curve[..., k].max(axis=0), alpha=0.2)
+        axes[k].set(title=title, xlabel="epoch", ylabel="accuracy")
+        axes[k].grid(visible=True, alpha=0.3)
+        axes[k].legend()
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=0.5, help="probability of dropping")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the picture")
+    args = parser.parse_args()
+
+    rates = {"without dropout": 0.0, f"with dropout {args.rate}": args.rate}
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=len(rates) * args.seeds * args.epochs)
+        curves = {
+            name: np.array([train(rate, s, args.epochs, lambda: progress.advance(task)) for s in range(args.seeds)])
+            for name, rate in rates.items()
+        }  # (seeds, epochs, [training, test])
+
+    table = Table(title=f"Test accuracy after {args.epochs} epochs, {args.seeds} seeds")
+    for header in ("", "mean", "std", "lowest", "highest", "mean at best epoch"):
+        table.add_column(header, justify="right" if header else "left")
+    for name, curve in curves.items():
+        test, last = curve[..., 1], curve[:, -1, 1]
+        figures = (last.mean(), last.std(), last.min(), last.max(), test.mean(axis=0).max())
+        table.add_row(name, *(f"{a:.1%}" for a in figures))
+    console.print(table)
+    console.print(f"{TRAIN_IMAGES:,} training images, {WRONG_LABELS:.0%} of their labels wrong; test labels are right.")
+    console.print("With and without dropout: the same first weights, the same batches.")
+    path = args.out / "digits.png"
+    plot(curves, path)
+    console.print(f"Learning curves: {path}\n")
+
+    print_cost(args.rate)
+    print_headline()
+
+
+if __name__ == "__main__":
+    main()
