@@ -4,9 +4,9 @@
 #include <string.h>
 
 /* One line an instruction set here, and one in CMakeLists.txt with its compiler flags. */
-#define DECLARE(isa) \
-    extern const struct mask_kernels pyreg_masks_##isa; \
-    extern const struct kernels pyreg_kernels_##isa##_F32, pyreg_kernels_##isa##_F64, pyreg_kernels_##isa##_F16, \
+#define DECLARE(isa)                                                                                                   \
+    extern const struct mask_kernels pyreg_masks_##isa;                                                                \
+    extern const struct kernels pyreg_kernels_##isa##_F32, pyreg_kernels_##isa##_F64, pyreg_kernels_##isa##_F16,       \
         pyreg_kernels_##isa##_BF16
 DECLARE(baseline);
 #if defined(__x86_64__)
@@ -14,10 +14,10 @@ DECLARE(v3);
 DECLARE(v4);
 #endif
 
-#define TABLES(isa) \
-    &pyreg_masks_##isa, { \
-        [PYREG_F32] = &pyreg_kernels_##isa##_F32, [PYREG_F64] = &pyreg_kernels_##isa##_F64, \
-        [PYREG_F16] = &pyreg_kernels_##isa##_F16, [PYREG_BF16] = &pyreg_kernels_##isa##_BF16 \
+#define TABLES(isa)                                                                                                    \
+    &pyreg_masks_##isa, {                                                                                              \
+        [PYREG_F32] = &pyreg_kernels_##isa##_F32, [PYREG_F64] = &pyreg_kernels_##isa##_F64,                            \
+        [PYREG_F16] = &pyreg_kernels_##isa##_F16, [PYREG_BF16] = &pyreg_kernels_##isa##_BF16                           \
     }
 
 static bool always(void) { return true; }

@@ -42,8 +42,8 @@ static enum pyreg_status prepare(const struct pyreg_mask *mask, struct draw *dra
 
 /* A window on the endless row of mask bits: a tile at any position.  Neighbouring rows share what it holds. */
 struct window {
-    uint64_t first; /* index of bit 0, a multiple of MASK_GROUP */
-    size_t bits;    /* that have been made */
+    uint64_t first;                                             /* index of bit 0, a multiple of MASK_GROUP */
+    size_t bits;                                                /* that have been made */
     uint32_t keep[MASK_WORDS + 2] __attribute__((aligned(64))); /* readers may look one word too far */
 };
 
@@ -105,8 +105,8 @@ struct dropout {
     struct dim row, outer[PYREG_MAX_DIMS];
     int num_outer;
     size_t rows, part, rows_per_chunk, chunks_per_part; /* a chunk is some rows of one part of the row dim */
-    size_t tile; /* elements whose bits are made before they are applied */
-    bool contiguous, large; /* large: past the cache */
+    size_t tile;                                        /* elements whose bits are made before they are applied */
+    bool contiguous, large;                             /* large: past the cache */
 };
 
 /* Past the cache streaming stores take 0.6 to 1.2 times the time of ordinary ones, as the machine will have it: the
@@ -131,9 +131,15 @@ static void count_trial(bool streaming, uint64_t ns) {
 
 static void copy_strided(size_t size, size_t n, const char *from, int64_t from_stride, char *to, int64_t to_stride) {
     switch (size) {
-    case 2: for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 2); break;
-    case 4: for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 4); break;
-    default: for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 8); break;
+    case 2:
+        for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 2);
+        break;
+    case 4:
+        for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 4);
+        break;
+    default:
+        for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 8);
+        break;
     }
 }
 
@@ -157,7 +163,8 @@ static void dropout_tile(const struct dropout *op, struct window *w, const char 
         op->kernels->dropout(in, out, n, w->keep + at / 32, at % 32, op->scale, stream);
     } else { /* one bit for the whole row, or bits that are not neighbours */
         uint32_t keep[MASK_TILE / 32 + 2] = {0};
-        if (op->row.mask == 0 && bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1))) memset(keep, 0xff, sizeof keep);
+        if (op->row.mask == 0 && bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1)))
+            memset(keep, 0xff, sizeof keep);
         for (size_t j = 0; op->row.mask && j < n; j++, index += (uint64_t)op->row.mask)
             keep[j / 32] |= (uint32_t)bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1)) << j % 32;
         op->kernels->dropout(in, out, n, keep, 0, op->scale, stream);
@@ -273,9 +280,11 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.tile = mask->generator == PYREG_PHILOX ? MASK_TILE : MASK_GROUP;
     plan_rows(&op, ndim, dims);
     const size_t bytes = (size_t)count * op.size;
-    op.large = op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
+    op.large =
+        op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
 
-    const struct phase phase = {(size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
+    const struct phase phase = {
+        (size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
     const double ns = mask->generator == PYREG_PHILOX ? 0.2 : 1.0; /* an element, roughly */
     return parallel_run(&phase, 1, &op, ns * (double)count + 0.05 * (double)bytes);
 }

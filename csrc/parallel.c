@@ -16,7 +16,9 @@ typedef unsigned fp_mode;
 static fp_mode fp_get(void) { return _mm_getcsr(); }
 static void fp_set(fp_mode m) { _mm_setcsr(m); }
 #elif defined(__aarch64__)
-typedef struct { uint64_t control, status; } fp_mode;
+typedef struct {
+    uint64_t control, status;
+} fp_mode;
 static fp_mode fp_get(void) {
     fp_mode m;
     __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(m.control), "=r"(m.status));
@@ -26,15 +28,19 @@ static void fp_set(fp_mode m) { __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1" 
 #else
 #include <fenv.h>
 typedef fenv_t fp_mode;
-static fp_mode fp_get(void) { fp_mode m; fegetenv(&m); return m; }
+static fp_mode fp_get(void) {
+    fp_mode m;
+    fegetenv(&m);
+    return m;
+}
 static void fp_set(fp_mode m) { fesetenv(&m); }
 #endif
 
 /* ---- How many threads -------------------------------------------------------------------------------------------- */
-static int openmp_default;                 /* what OpenMP allowed when the library was loaded */
-static atomic_int process_threads;         /* pyreg_set_num_threads */
-static _Thread_local int thread_threads;   /* pyreg_use_threads */
-static atomic_bool forked;                 /* a child has none of OpenMP's threads and would wait for them for ever */
+static int openmp_default;               /* what OpenMP allowed when the library was loaded */
+static atomic_int process_threads;       /* pyreg_set_num_threads */
+static _Thread_local int thread_threads; /* pyreg_use_threads */
+static atomic_bool forked;               /* a child has none of OpenMP's threads and would wait for them for ever */
 
 static void in_child(void) { atomic_store(&forked, true); }
 

@@ -21,10 +21,14 @@ def show_config(mode="stdout"):
     config = {"version": __version__, **_core.config()}
     if mode == "dicts":
         return config
+    rows = {
+        "compiler": config["compiler"],
+        "instruction set": f"{config['isa']} (can run {', '.join(config['isa_available'])}; PYREG_ISA chooses)",
+        "OpenMP": f"{config['openmp']}, {os.path.basename(config['openmp_library'])}",
+        "threads": config["threads"],
+        "last-level cache": f"{config['cache_bytes'] / 2**20:.1f} MiB",
+    }
     print(f"pyreg {config['version']}")
-    print(f"  compiler          {config['compiler']}")
-    print(f"  instruction set   {config['isa']} (this machine runs {', '.join(config['isa_available'])}; PYREG_ISA chooses)")
-    print(f"  OpenMP            {config['openmp']}, {os.path.basename(config['openmp_library'])}")
-    print(f"  threads           {config['threads']}")
-    print(f"  last-level cache  {config['cache_bytes'] / 2**20:.1f} MiB")
+    for name, value in rows.items():
+        print(f"  {name:<17} {value}")
     return None

@@ -118,4 +118,5 @@ class Dropout(Layer):
             self.rng.bit_generator.state = state["rng"]
 
     def __repr__(self):
-        return f"Dropout(rate={self.rate}, broadcast_dims={self.broadcast_dims}, impl={self.impl!r}, inverted={self.inverted})"
+        settings = ("rate", "broadcast_dims", "impl", "inverted")
+        return f"Dropout({', '.join(f'{name}={getattr(self, name)!r}' for name in settings)})"

@@ -15,6 +15,7 @@ from pyreg import _core
 settings.register_profile("pyreg", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("pyreg")
 
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Runs the test once on each instruction set of this machine."""

@@ -1,6 +1,7 @@
 """pyreg.dropout, dropout_backward and dropout_mask against the naive reference."""
 
 import hashlib
+import itertools
 import math
 
 import ml_dtypes
@@ -63,7 +64,7 @@ def test_deep_ties():
 def test_higher_rate_drops_a_superset():
     rates = sorted([*RATES, *np.linspace(0, 1, 41)])
     masks = [pyreg.dropout_mask(50_000, rate, key=KEY) for rate in rates]
-    for more, less in zip(masks[1:], masks[:-1], strict=True):
+    for less, more in itertools.pairwise(masks):
         assert not (more & ~less).any()
 
 
@@ -76,7 +77,7 @@ def test_parts_equal_the_whole(isa, impl, base):
     whole = pyreg.dropout(x, 0.1, key=KEY, impl=impl, offset=base - before)
     assert same(whole, reference.dropout(x, 0.1, KEY, impl, base - before))
     cuts = [0, 1, 63, 600, 601, 5_999, 6_000, 6_001, 10_000, n]
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    for a, b in itertools.pairwise(cuts):
         assert same(pyreg.dropout(x[a:b], 0.1, key=KEY, impl=impl, offset=base - before + a), whole[a:b])
 
 

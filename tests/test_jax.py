@@ -49,7 +49,7 @@ def test_recorded_values(isa, x64):
 
 seeds = st.integers(0, 2**32 - 1)
 rates = st.one_of(st.sampled_from([0.1, 0.5, 1 / 3, 0.9, 1e-4, 1e-9, 1 - 1e-6]), st.floats(1e-12, 1 - 1e-12))
-shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+shapes = st.sampled_from([(), (1,), (7,), (0, 3), (3, 5), (257,), (2, 3, 4, 5)])  # few: JAX compiles for each
 
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])

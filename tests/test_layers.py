@@ -106,7 +106,7 @@ def test_a_seed_gives_the_same_layer():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="rate is 1.5"):
+    with pytest.raises(ValueError, match=r"rate is 1\.5"):
         pyreg.Dropout(1.5)
     with pytest.raises(ValueError, match="impl is 'x'"):
         pyreg.Dropout(impl="x")

@@ -79,10 +79,9 @@ def test_omp_num_threads():
 
 
 def test_affinity():
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nimport pyreg\nprint(pyreg.get_num_threads())"
-    assert python(code) == "1"
-    later = "import os, pyreg; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(pyreg.get_num_threads())"
-    assert python(later) == "1"
+    pin = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    assert python(f"{pin}; import pyreg; print(pyreg.get_num_threads())") == "1"
+    assert python(f"import pyreg; {pin}; print(pyreg.get_num_threads())") == "1"
 
 
 def test_threadpoolctl(threads):

@@ -78,7 +78,8 @@ static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t
 #endif
 }
 
-static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, unsigned shift, double scale_, bool stream) {
+static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, unsigned shift, double scale_,
+                    bool stream) {
     const elem_t *x = x_;
     elem_t *y = y_;
     acc_t scale = (acc_t)scale_;

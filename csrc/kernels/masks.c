@@ -27,8 +27,9 @@ static inline struct digits compare_digits(const struct draw *draw, vec32 counte
     split_low(counter, &low[0], &low[1]);
     struct philox_state s[2][2]; /* [q][even, odd] */
     for (uint32_t g = 0; g < 1u + eight; g++) {
-        uint64_t first = (uint64_t)PHILOX_M1 * (q + g);                                   /* p1 of round 1 */
-        uint64_t second = (uint64_t)PHILOX_M0 * ((uint32_t)(first >> 32) ^ high ^ (uint32_t)k[0][0]); /* p0 of round 2 */
+        uint64_t first = (uint64_t)PHILOX_M1 * (q + g); /* p1 of round 1 */
+        uint64_t second =
+            (uint64_t)PHILOX_M0 * ((uint32_t)(first >> 32) ^ high ^ (uint32_t)k[0][0]); /* p0 of round 2 */
         for (int h = 0; h < 2; h++) {
             vec64 p0 = mul_wide(low[h], splat64(PHILOX_M0));
             vec64 p1 = mul_wide(p0 >> 32 ^ splat64(k[0][1]), splat64(PHILOX_M1));
@@ -43,9 +44,8 @@ static inline struct digits compare_digits(const struct draw *draw, vec32 counte
 
     struct digits d = {splat32(0), splat32(~0u)};
     for (int g = eight; g >= 0; g--) { /* least significant digit first: a digit that differs overrules those below */
-        const vec32 digit[4] = {
-            interleave_low(s[g][0].c0, s[g][1].c0), interleave_low(s[g][0].c1, s[g][1].c1),
-            interleave_low(s[g][0].c2, s[g][1].c2), interleave_low(s[g][0].c3, s[g][1].c3)};
+        const vec32 digit[4] = {interleave_low(s[g][0].c0, s[g][1].c0), interleave_low(s[g][0].c1, s[g][1].c1),
+                                interleave_low(s[g][0].c2, s[g][1].c2), interleave_low(s[g][0].c3, s[g][1].c3)};
         for (int p = 3; p >= 0; p--) {
             vec32 limit = splat32(draw->digit[4 * (q + (uint32_t)g) + (uint32_t)p]);
             vec32 differ = digit[p] ^ limit;

@@ -20,8 +20,8 @@ static inline void threefry2x32(const uint32_t key[2], struct threefry_state *s)
     for (uint32_t r = 0; r < 5; r++) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-    #pragma GCC unroll 4
-        for (int c = 0; c < CHAINS; c++) {
+#pragma GCC unroll 4
+            for (int c = 0; c < CHAINS; c++) {
                 s->x0[c] += s->x1[c];
                 s->x1[c] = rotate_left(s->x1[c], rotation[r % 2][j]) ^ s->x0[c];
             }

@@ -103,8 +103,10 @@ static inline vec64 xor3(vec64 a, vec64 b, vec64 c) {
 
 static inline vec32 rotate_left(vec32 v, int n) {
 #if defined(__AVX2__) && !defined(__AVX512F__) /* by whole bytes: one shuffle instead of two shifts and an or */
-    const __m256i by16 = _mm256_setr_epi32(0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e, 0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e);
-    const __m256i by24 = _mm256_setr_epi32(0x00030201, 0x04070605, 0x080b0a09, 0x0c0f0e0d, 0x00030201, 0x04070605, 0x080b0a09, 0x0c0f0e0d);
+    const __m256i by16 = _mm256_setr_epi32(0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e, 0x01000302, 0x05040706,
+                                           0x09080b0a, 0x0d0c0f0e);
+    const __m256i by24 = _mm256_setr_epi32(0x00030201, 0x04070605, 0x080b0a09, 0x0c0f0e0d, 0x00030201, 0x04070605,
+                                           0x080b0a09, 0x0c0f0e0d);
     if (n == 16) return (vec32)_mm256_shuffle_epi8((__m256i)v, by16);
     if (n == 24) return (vec32)_mm256_shuffle_epi8((__m256i)v, by24);
 #endif
