@@ -201,6 +201,9 @@ def dropout(
     Inverted dropout, Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     JMLR 15 (2014).  A dropped NaN or Inf becomes 0 too.
 
+    Values equal Flax's for every array but one of a single element outside ``jax.jit``, where XLA divides by
+    ``1 - rate`` instead of multiplying by the reciprocal; and but for subnormal results, which XLA flushes to zero.
+
     Examples
     --------
     >>> import numpy as np, pyreg
