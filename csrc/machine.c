@@ -65,8 +65,10 @@ static double cgroup_cpus(void) {
         char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
         if (!group) continue;
         *group++ = 0;
-        bool v2 = controllers[1] == 0;
-        if (!v2 && !strstr(controllers, "cpu")) continue;
+        bool v2 = *++controllers == 0, cpu = false;
+        for (char *rest, *name = strtok_r(controllers, ",", &rest); name; name = strtok_r(NULL, ",", &rest))
+            cpu |= strcmp(name, "cpu") == 0;
+        if (!v2 && !cpu) continue;
         for (;;) {
             char *slash = strrchr(group, '/');
             if (slash && slash[1] == 0) *slash = 0; /* the root: "/" as "" */
