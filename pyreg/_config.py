@@ -1,6 +1,7 @@
 """What was built, and what it runs on."""
 
 import os
+from typing import Any, Literal
 
 from pyreg import _core
 from pyreg._version import __version__
@@ -8,7 +9,7 @@ from pyreg._version import __version__
 __all__ = ["show_config"]
 
 
-def show_config(mode="stdout"):
+def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] | None:
     """Print how pyreg was built and what it uses on this machine.
 
     Parameters

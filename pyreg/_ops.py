@@ -3,12 +3,20 @@
 import contextlib
 import operator
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from pyreg import _core
 
 __all__ = ["dropout", "dropout_backward", "dropout_mask", "get_num_threads", "num_threads", "set_num_threads"]
+
+Array = NDArray[Any]  # of float32, float64, float16 or bfloat16
+Key = int | ArrayLike
+Dims = int | Sequence[int]
+Impl = Literal["philox", "threefry", "threefry_x64"]
 
 _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _core.THREEFRY_X64}
 
@@ -16,7 +24,7 @@ _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _c
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
-def _as_input(x, name="x"):
+def _as_input(x: ArrayLike, name: str = "x") -> tuple[Array, int]:
     """x as an aligned array in native byte order, and the code of its dtype."""
     x = np.asarray(x)
     code = _core.dtype_code(x)
@@ -31,7 +39,7 @@ def _as_input(x, name="x"):
     return x, code
 
 
-def _check_out(out, x, name="x"):
+def _check_out(out: object, x: Array, name: str = "x") -> None:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
     if out.shape != x.shape or out.dtype.newbyteorder("=") != x.dtype:
@@ -42,13 +50,13 @@ def _check_out(out, x, name="x"):
         raise ValueError("out is read-only; wanted a writable array")
 
 
-def _check_rate(rate):
+def _check_rate(rate: float) -> float:
     if not 0.0 <= rate <= 1.0:  # also refuses NaN
         raise ValueError(f"rate is {rate}; wanted a probability of dropping in [0, 1]")
     return float(rate)
 
 
-def _check_key(key):
+def _check_key(key: Any) -> int:
     """key as an int in [0, 2**64)."""
     if type(key) is not int:
         words = np.asarray(key)
@@ -63,41 +71,41 @@ def _check_key(key):
             ) from None
     if not 0 <= key < 1 << 64:
         raise ValueError(f"key is {key}; wanted an int in [0, 2**64)")
-    return key
+    return int(key)
 
 
-def fresh_key(rng=None):
+def fresh_key(rng: int | np.random.Generator | None = None) -> int:
     """A key from ``rng`` (int seed or Generator), or from the operating system."""
     if rng is None:
         return int.from_bytes(os.urandom(8), "little")
     return int(np.random.default_rng(rng).integers(1 << 64, dtype=np.uint64))
 
 
-def _check_impl(impl):
+def _check_impl(impl: str) -> int:
     if isinstance(impl, str) and impl in _IMPLS:
         return _IMPLS[impl]
     raise ValueError(f"impl is {impl!r}; wanted one of {', '.join(map(repr, _IMPLS))}")
 
 
-def _mask_shape(shape, broadcast_dims):
+def _mask_shape(shape: tuple[int, ...], broadcast_dims: Dims) -> tuple[int, ...]:
     """shape with 1 in each broadcast dim."""
     dims = (broadcast_dims,) if isinstance(broadcast_dims, int) else tuple(broadcast_dims)
-    shape = list(shape)
+    lengths = list(shape)
     for dim in dims:
         if not -len(shape) <= operator.index(dim) < len(shape):
             raise ValueError(f"broadcast_dims has {dim}; wanted dims of an array with {len(shape)} dims")
-        shape[dim] = 1
-    return tuple(shape)
+        lengths[dim] = 1
+    return tuple(lengths)
 
 
-def _check_offset(offset, size):
+def _check_offset(offset: int, size: int) -> int:
     offset = operator.index(offset)
     if not 0 <= offset <= (1 << 64) - size:
         raise ValueError(f"offset is {offset}; wanted an int in [0, 2**64 - {size}]")
     return offset
 
 
-def _mask_strides(shape, mask_shape):
+def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Index steps of the mask for each dim of shape, 0 where it is broadcast."""
     strides, step = [], 1
     for length, mask_length in zip(reversed(shape), reversed(mask_shape), strict=True):
@@ -109,7 +117,18 @@ def _mask_strides(shape, mask_shape):
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
 
 
-def _apply(x, rate, key, rng, broadcast_dims, impl, offset, out, scaled=True, name="x"):
+def _apply(
+    x: ArrayLike,
+    rate: float,
+    key: Key | None,
+    rng: int | np.random.Generator | None,
+    broadcast_dims: Dims,
+    impl: Impl,
+    offset: int,
+    out: Array | None,
+    scaled: bool = True,
+    name: str = "x",
+) -> Array:
     x, code = _as_input(x, name)
     rate = _check_rate(rate)
     generator = _check_impl(impl)
@@ -144,17 +163,17 @@ def _apply(x, rate, key, rng, broadcast_dims, impl, offset, out, scaled=True, na
 
 
 def dropout(
-    x,
-    rate=0.5,
+    x: ArrayLike,
+    rate: float = 0.5,
     *,
-    key=None,
-    rng=None,
-    deterministic=False,
-    broadcast_dims=(),
-    impl="philox",
-    offset=0,
-    out=None,
-):
+    key: Key | None = None,
+    rng: int | np.random.Generator | None = None,
+    deterministic: bool = False,
+    broadcast_dims: Dims = (),
+    impl: Impl = "philox",
+    offset: int = 0,
+    out: Array | None = None,
+) -> Array:
     """Set elements to zero at random and scale the others by ``1 / (1 - rate)``.
 
     Which elements are dropped is a function of the key, the rate and the element's index in C order, and of nothing
@@ -215,7 +234,16 @@ def dropout(
     return _apply(x, rate, key, rng, broadcast_dims, impl, offset, out)
 
 
-def dropout_backward(dy, rate=0.5, *, key, broadcast_dims=(), impl="philox", offset=0, out=None):
+def dropout_backward(
+    dy: ArrayLike,
+    rate: float = 0.5,
+    *,
+    key: Key,
+    broadcast_dims: Dims = (),
+    impl: Impl = "philox",
+    offset: int = 0,
+    out: Array | None = None,
+) -> Array:
     """Gradient of :func:`dropout` with respect to ``x``: the same mask, made again from the key, and the same scale.
 
     Parameters
@@ -243,7 +271,16 @@ def dropout_backward(dy, rate=0.5, *, key, broadcast_dims=(), impl="philox", off
     return _apply(dy, rate, key, None, broadcast_dims, impl, offset, out, name="dy")
 
 
-def dropout_mask(shape, rate=0.5, *, key, broadcast_dims=(), impl="philox", offset=0, packed=False):
+def dropout_mask(
+    shape: int | Sequence[int],
+    rate: float = 0.5,
+    *,
+    key: Key,
+    broadcast_dims: Dims = (),
+    impl: Impl = "philox",
+    offset: int = 0,
+    packed: bool = False,
+) -> Array:
     """The mask that :func:`dropout` uses: true where an element is kept.
 
     Parameters
@@ -274,7 +311,7 @@ def dropout_mask(shape, rate=0.5, *, key, broadcast_dims=(), impl="philox", offs
         raise ValueError(f"shape is {shape}; wanted lengths of 0 or more")
     shape = _mask_shape(shape, broadcast_dims)
     rate, key, generator = _check_rate(rate), _check_key(key), _check_impl(impl)
-    out = np.empty(shape, np.bool_)
+    out: Array = np.empty(shape, np.bool_)
     n = out.size
     offset = _check_offset(offset, n)
     if packed:
@@ -286,18 +323,18 @@ def dropout_mask(shape, rate=0.5, *, key, broadcast_dims=(), impl="philox", offs
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """Number of threads that the next large call from this thread will use."""
     return _core.get_num_threads()
 
 
-def _check_threads(n):
+def _check_threads(n: int) -> int:
     if operator.index(n) < 1:
         raise ValueError(f"number of threads is {n}; wanted 1 or more, or None for automatic")
     return n
 
 
-def set_num_threads(n):
+def set_num_threads(n: int | None) -> None:
     """Set the number of threads for the whole process; ``None`` chooses automatically again.
 
     Automatic is what ``OMP_NUM_THREADS`` or the number of CPUs gives, at most the CPUs that the process may run on and
@@ -307,7 +344,7 @@ def set_num_threads(n):
 
 
 @contextlib.contextmanager
-def num_threads(n):
+def num_threads(n: int) -> Iterator[None]:
     """Use ``n`` threads in calls from this thread while the context is active.
 
     Examples

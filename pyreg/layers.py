@@ -1,8 +1,10 @@
 """NumPy layers: state, and the functions of ``_ops`` applied to it."""
 
 import copy
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pyreg import _ops
 
@@ -14,16 +16,16 @@ class Layer:
 
     training = True
 
-    def __copy__(self):
+    def __copy__(self) -> Self:
         """A copy shares no state with its original."""
         return copy.deepcopy(self)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         """Switch to training (or, if ``mode`` is false, to evaluation); returns the layer."""
         self.training = bool(mode)
         return self
 
-    def eval(self):
+    def eval(self) -> Self:
         """Switch to evaluation; returns the layer."""
         return self.train(False)
 
@@ -64,16 +66,24 @@ class Dropout(Layer):
     array([1., 1., 1.])
     """
 
-    def __init__(self, rate=0.5, *, broadcast_dims=(), rng=None, impl="philox", inverted=True):
+    def __init__(
+        self,
+        rate: float = 0.5,
+        *,
+        broadcast_dims: _ops.Dims = (),
+        rng: int | np.random.Generator | None = None,
+        impl: _ops.Impl = "philox",
+        inverted: bool = True,
+    ) -> None:
         self.rate = _ops._check_rate(rate)
         self.broadcast_dims = broadcast_dims
         self.impl = impl
         self.inverted = inverted
         self.rng = np.random.default_rng(rng)
-        self.key = None
+        self.key: int | None = None
         _ops._check_impl(impl)
 
-    def __call__(self, x, *, out=None):
+    def __call__(self, x: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
         """Dropout of ``x`` in training; in evaluation ``x`` itself, or ``x * (1 - rate)`` if not ``inverted``."""
         if not self.training:
             self.key = None
@@ -81,7 +91,7 @@ class Dropout(Layer):
         self.key = _ops.fresh_key(self.rng)
         return self._drop(x, out, "x")
 
-    def backward(self, dy, *, out=None):
+    def backward(self, dy: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
         """Gradient of the last call with respect to its input."""
         if not self.training:
             return self._evaluate(dy, out)
@@ -89,12 +99,12 @@ class Dropout(Layer):
             raise RuntimeError("backward() before a call in training mode; wanted layer(x) first")
         return self._drop(dy, out, "dy")
 
-    def _drop(self, x, out, name):
+    def _drop(self, x: ArrayLike, out: _ops.Array | None, name: str) -> _ops.Array:
         return _ops._apply(
             x, self.rate, self.key, None, self.broadcast_dims, self.impl, 0, out, scaled=self.inverted, name=name
         )
 
-    def _evaluate(self, x, out):
+    def _evaluate(self, x: ArrayLike, out: _ops.Array | None) -> _ops.Array:
         x, _ = _ops._as_input(x)
         if out is not None:
             _ops._check_out(out, x)
@@ -103,13 +113,14 @@ class Dropout(Layer):
                 return x
             np.copyto(out, x)
             return out
-        return np.multiply(x, x.dtype.type(1 - self.rate), out=out)
+        y: _ops.Array = np.multiply(x, x.dtype.type(1 - self.rate), out=out)
+        return y
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """The state of the key source, so that training can go on from a checkpoint with the same masks."""
         return {"rng": self.rng.bit_generator.state}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state of another layer's :meth:`state_dict`.  An empty dict (PyTorch's) changes nothing."""
         unknown = set(state) - {"rng"}
         if unknown:
@@ -117,6 +128,6 @@ class Dropout(Layer):
         if "rng" in state:
             self.rng.bit_generator.state = state["rng"]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         settings = ("rate", "broadcast_dims", "impl", "inverted")
         return f"Dropout({', '.join(f'{name}={getattr(self, name)!r}' for name in settings)})"
