@@ -138,6 +138,18 @@ def test_every_half_pattern(isa, dtype):
         assert (np.isnan(got.astype(np.float32)) == (kept & np.isnan(want.astype(np.float32)))).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_every_half_scale(isa, dtype):
+    """All values of 1 - rate in [0.5, 1] that the dtype tells apart, times every pattern with a few exponents."""
+    one = int(np.ones(1, dtype).view(np.uint16)[0])
+    step = 1 << 7 if dtype == ml_dtypes.bfloat16 else 1 << 10  # patterns from 0.5 to 1
+    patterns = np.arange(one - 2 * step, one + 2 * step, dtype=np.uint16)
+    x = np.concatenate([patterns, np.arange(2 * step, dtype=np.uint16)]).view(dtype)  # and subnormals
+    for keep in np.arange(one - step, one, 1 if step < 1024 else 7, dtype=np.uint16).view(dtype):
+        rate = 1 - float(keep)
+        assert same(pyreg.dropout(x, rate, key=KEY), reference.dropout(x, rate, KEY))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_specials(isa, dtype):
     tiny = ml_dtypes.finfo(dtype).smallest_subnormal
