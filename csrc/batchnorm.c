@@ -79,7 +79,7 @@ static struct grid grid_of(const struct view *v) {
     g.lines = v->line ? at_least(PIECE / row, 1) : at_least(ROW_PIECE / row, MIN_ROWS);
     if (!v->line) g.lines -= g.lines % v->phases; /* whole groups of side-by-side rows */
     g.pieces = divide_up(v->outer, g.lines) * g.parts;
-    g.channels = v->line ? at_least(PIECE / (at_most(g.lines, v->outer) * row), 1) : BN_COLUMNS / v->inner;
+    g.channels = v->line ? at_least(ROW_PIECE / (at_most(g.lines, v->outer) * row), 1) : BN_COLUMNS / v->inner;
     g.tiles = divide_up(v->channels, g.channels);
     return g;
 }
@@ -95,20 +95,24 @@ static struct region region_of(const struct view *v, const struct grid *g, size_
 
 /* Sums of columns -> sums of channels, in place. */
 static void fold(const struct view *v, size_t channels, double *a) {
-    if (v->phases * v->places == 1) return;
+    const size_t columns = view_columns(v, 1), across = v->line ? 1 : channels, places = v->line ? 1 : v->inner;
+    if (columns == 1) return;
     for (size_t c = 0; c < channels; c++) {
+        const double *first = a + (v->line ? c * columns : c * places);
         double total = 0;
         for (size_t p = 0; p < v->phases; p++)
-            for (size_t i = 0; i < v->places; i++) total += a[(p * channels + c) * v->places + i];
+            for (size_t i = 0; i < places; i++) total += first[p * across * places + i];
         a[c] = total;
     }
 }
 
 /* Values of channels -> the same in each of their columns. */
 static void spread(const struct view *v, size_t channels, const double *values, double *columns) {
-    for (size_t p = 0; p < v->phases; p++)
-        for (size_t c = 0; c < channels; c++)
-            for (size_t i = 0; i < v->places; i++) columns[(p * channels + c) * v->places + i] = values[c];
+    const size_t across = v->line ? 1 : channels, places = v->line ? 1 : v->inner;
+    for (size_t c = 0; c < channels; c++)
+        for (size_t p = 0; p < v->phases; p++)
+            for (size_t i = 0; i < places; i++)
+                columns[(v->line ? c * v->phases : c * places) + p * across * places + i] = values[c];
 }
 
 /* ---- Forward ----------------------------------------------------------------------------------------------------- */
@@ -120,7 +124,7 @@ struct sums {
 /* Sums of x - origin and (x - origin)^2 over a region; origin NULL: 0. */
 static void sum_region(const struct batchnorm *bn, struct region r, const double *origin, struct sums *s) {
     const struct view *v = &bn->sums;
-    const size_t channels = r.channel_end - r.channel, columns = v->phases * channels * v->places;
+    const size_t channels = r.channel_end - r.channel, columns = view_columns(v, channels);
     const size_t n = (r.outer_end - r.outer) * (r.inner_end - r.inner);
     double shift[BN_COLUMNS];
     for (size_t j = 0; j < columns; j++) s->count[j] = s->sum[j] = s->square[j] = shift[j] = 0;
@@ -148,7 +152,7 @@ static void sum_tile(const struct batchnorm *bn, struct region r, double *count,
     const bool f64 = bn->args->dtype == PYREG_F64;
     const double extreme = f64 ? extreme_f64 : extreme_f32;
     struct sums s;
-    double origin[BN_COLUMNS];
+    double origin[BN_COLUMNS] = {0};
     bool repeat[BN_COLUMNS], any = false;
     for (size_t c = 0; c < channels; c++) /* a masked element may be anything: no guess */
         origin[c] = f64 && !bn->masked ? *(const double *)view_at(&bn->sums, BN_X, r.outer, r.channel + c, r.inner) : 0;
@@ -172,15 +176,10 @@ static void sum_tile(const struct batchnorm *bn, struct region r, double *count,
     }
 }
 
-/* Channels a walk takes together: one, where it goes line by line. */
-static size_t together(const struct view *v, size_t c, size_t end) {
-    return v->line ? 1 : at_most(end - c, BN_COLUMNS / (v->phases * v->places));
-}
-
 static void forward_sum(const struct batchnorm *bn, size_t piece, size_t c, size_t end) {
     double *count = partial(bn, piece), *mean = count + bn->sums.channels, *deviation = mean + bn->sums.channels;
     for (size_t step; c < end; c += step) {
-        step = together(&bn->sums, c, end);
+        step = view_together(&bn->sums, end - c);
         sum_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), count + c, mean + c, deviation + c);
     }
 }
@@ -241,7 +240,7 @@ static double backward_origin(const struct batchnorm *bn, size_t c) {
 /* count, sum of x - origin over the mask, sum of dy, sum of dy * (x - origin), for channels [c, end) of one walk. */
 static void gradient_tile(const struct batchnorm *bn, struct region r, double *const out[NUM_SUMS]) {
     const struct view *v = &bn->sums;
-    const size_t channels = r.channel_end - r.channel, columns = v->phases * channels * v->places;
+    const size_t channels = r.channel_end - r.channel, columns = view_columns(v, channels);
     double origin[BN_COLUMNS], shift[BN_COLUMNS], sums[NUM_SUMS][BN_COLUMNS], ignored[BN_COLUMNS];
     for (size_t j = 0; j < columns; j++)
         sums[0][j] = sums[1][j] = sums[2][j] = sums[3][j] = ignored[j] = 0;
@@ -266,7 +265,7 @@ static void backward_sum(const struct batchnorm *bn, size_t piece, size_t c, siz
     const size_t channels = bn->sums.channels;
     double *at = partial(bn, piece);
     for (size_t step; c < end; c += step) {
-        step = together(&bn->sums, c, end);
+        step = view_together(&bn->sums, end - c);
         double *const out[NUM_SUMS] = {at + c, at + channels + c, at + 2 * channels + c, at + 3 * channels + c};
         gradient_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), out);
     }
@@ -320,13 +319,16 @@ static void merge(const struct batchnorm *bn, size_t c, size_t end) {
 static void apply(const struct batchnorm *bn, size_t piece, size_t c, size_t end) {
     const struct view *v = &bn->apply;
     for (size_t step; c < end; c += step) {
-        step = together(v, c, end);
-        double centre[BN_COLUMNS], gain[BN_COLUMNS], slope[BN_COLUMNS], offset[BN_COLUMNS];
-        spread(v, step, bn->centre + c, centre);
-        spread(v, step, bn->gain + c, gain);
-        spread(v, step, bn->offset + c, offset);
-        if (bn->slope) spread(v, step, bn->slope + c, slope);
-        const struct bn_coefficients k = {centre, gain, bn->slope ? slope : NULL, offset};
+        step = view_together(v, end - c);
+        double columns[4][BN_COLUMNS];
+        struct bn_coefficients k = {bn->centre + c, bn->gain + c, bn->slope ? bn->slope + c : NULL, bn->offset + c};
+        if (view_columns(v, 1) > 1 && !v->line) {
+            spread(v, step, k.centre, columns[0]);
+            spread(v, step, k.gain, columns[1]);
+            if (k.slope) spread(v, step, k.slope, columns[2]);
+            spread(v, step, k.offset, columns[3]);
+            k = (struct bn_coefficients){columns[0], columns[1], columns[2], columns[3]};
+        }
         struct walk w;
         for (walk_begin(&w, v, region_of(v, &bn->apply_grid, piece, c, c + step)); walk_next(&w);) {
             w.block.relu = bn->args->relu;
@@ -419,7 +421,9 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     size_t num = 0;
     const double work_ns = ns * (double)elements;
     const size_t threads = work_ns > 100e3 ? (size_t)pyreg_get_num_threads() : 1;
-    const bool tiled = bn->sums.line ? threads == 1 || bn->sums_grid.tiles >= 4 * threads : threads == 1 && bn->sums_grid.tiles == 1 && bn->sums_grid.pieces == 1;
+    /* Lines of a channel are worth finishing while they are in the cache, if all threads find enough of them. */
+    const struct grid *g = &bn->sums_grid;
+    const bool tiled = g->tiles * g->pieces == 1 || (bn->sums.line && (threads == 1 || g->tiles >= 4 * threads));
     if (tiled) {
         phases[num++] = (struct phase){bn->sums_grid.tiles, tile_chunk};
     } else {
@@ -456,7 +460,7 @@ enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm *args, co
     const struct operand sums[BN_OPERANDS] = {[BN_X] = in, [BN_MASK] = {mask, mask_strides, 1, false}};
     const struct operand swept[BN_OPERANDS] = {
         [BN_X] = in, [BN_RESIDUAL] = {residual, residual_strides, size, false}, [BN_Y] = {y, y_strides, size, true}};
-    return run(&bn, sums, swept, elements, 0.2);
+    return run(&bn, sums, swept, elements, 0.5);
 }
 
 enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
@@ -470,7 +474,7 @@ enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, 
     const struct operand swept[BN_OPERANDS] = {[BN_X] = {x, x_strides, size, false},
                                                [BN_RESIDUAL] = {residual, residual_strides, size, false},
                                                [BN_Y] = {y, y_strides, size, true}};
-    return run(&bn, swept, swept, elements, 0.12);
+    return run(&bn, swept, swept, elements, 0.3);
 }
 
 enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, const void *dy, const int64_t *dy_strides,
@@ -500,5 +504,5 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, c
     for (int k = 0; k < BN_OPERANDS; k++) swept[k] = read[k];
     swept[BN_DX] = (struct operand){dx, dx_strides, size, true};
     swept[BN_DRESIDUAL] = (struct operand){dresidual, dresidual_strides, size, true};
-    return run(&bn, read, swept, elements, 0.35);
+    return run(&bn, read, swept, elements, 0.8);
 }

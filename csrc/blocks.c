@@ -66,7 +66,6 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
     for (int d = 0; d < v->num_outer; d++) v->outer *= v->outer_dim[d].length;
     v->line = v->channels == 1 || v->inner >= LINE_PHASES;
     v->phases = v->line ? LINE_PHASES : v->channels * v->inner < SHORT_ROW ? ROW_PHASES : 1;
-    v->places = v->line ? 1 : v->inner;
 }
 
 char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t channel, size_t inner) {
@@ -130,6 +129,16 @@ static bool is_rows(const struct view *v, enum bn_operand k, size_t channels, si
     return v->outer_dim[v->num_outer - 1].stride[k] == (ptrdiff_t)(channels * inner) * size;
 }
 
+size_t view_columns(const struct view *v, size_t channels) {
+    return channels * v->phases * (v->line ? 1 : v->inner);
+}
+
+size_t view_together(const struct view *v, size_t channels) {
+    bool neighbours = true;
+    for (int k = 0; k < BN_OPERANDS; k++) neighbours &= !v->size[k] || is_rows(v, (enum bn_operand)k, 2, v->inner);
+    return v->line && !neighbours ? 1 : at_most(channels, BN_COLUMNS / view_columns(v, 1));
+}
+
 bool walk_next(struct walk *w) {
     const struct view *v = w->view;
     for (int k = 0; k < BN_OPERANDS; k++)
@@ -144,36 +153,33 @@ bool walk_next(struct walk *w) {
         w->packed[k] = v->size[k] && !is_rows(v, (enum bn_operand)k, channels, w->left.inner_end - w->inner_begin);
         any |= w->packed[k];
     }
-    if (any) {
-        if (v->line) length = at_most(inner, PACK);
-        if (length < inner || w->left.inner > w->inner_begin) rows = 1;
-        size_t fit = PACK / (channels * length);
-        if (!v->line && fit > v->phases) fit -= fit % v->phases;
-        rows = at_most(rows, fit);
+    if (any) { /* as much as fits: rows, or a part of a row, which is a part of a line if there is one channel only */
+        length = at_most(inner, PACK / channels);
+        rows = length < inner || w->left.inner > w->inner_begin ? 1 : at_most(rows, PACK / (channels * length));
+        if (rows > v->phases && !v->line) rows -= rows % v->phases;
     }
     w->now = w->left;
     w->now.outer_end = w->left.outer + rows;
     w->now.inner_end = w->left.inner + length;
 
-    const size_t width = channels * length;
-    w->block.rows = rows;
-    w->block.width = w->block.period = width;
-    if (v->line) w->block.period = LINE_PHASES;
+    const ptrdiff_t width = (ptrdiff_t)(channels * length);
+    bool follow = !v->line; /* rows that follow each other make one longer line */
     for (int k = 0; k < BN_OPERANDS; k++) {
         if (!v->size[k]) continue;
         if (w->packed[k]) {
             if (!v->output[k]) copy_now(w, (enum bn_operand)k, true);
-            w->block.of[k] = (struct bn_rows){w->pack[k], (ptrdiff_t)width};
+            w->block.of[k] = (struct bn_rows){w->pack[k], width};
         } else {
             ptrdiff_t stride = v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] / (ptrdiff_t)v->size[k] : 0;
             w->block.of[k] = (struct bn_rows){view_at(v, k, w->now.outer, w->now.channel, w->now.inner), stride};
         }
+        follow &= rows == 1 || w->block.of[k].stride == width;
     }
-    if (!v->line && v->phases > 1) { /* rows side by side */
-        w->block.rows = 1;
-        w->block.width = rows * width;
-        w->block.period = v->phases * width;
-    }
+    w->block.rows = follow ? 1 : rows;
+    w->block.lines = v->line ? channels : 1;
+    w->block.length = v->line ? length : (follow ? rows : 1) * (size_t)width;
+    w->block.period = v->line ? v->phases : v->phases * (size_t)width;
+    w->block.channel_lines = v->line;
 
     w->left.inner = w->now.inner_end;
     if (w->left.inner == w->left.inner_end) {

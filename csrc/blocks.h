@@ -15,9 +15,8 @@ struct view_dim {
  * the innermost dim of stride smaller than the channels'; all other dims but the channels' are counted by `outer`. */
 struct view {
     size_t outer, channels, inner;
-    bool line;      /* a block's rows are lines of `inner` elements of one channel; else each has all places of several */
-    size_t phases;  /* a line's elements, or short rows, are taken this many at a time, side by side */
-    size_t places;  /* columns of a channel in each phase: column (phase * channels + c) * places + place */
+    bool line;     /* inner is a line: a channel has a column for each of `phases` elements side by side */
+    size_t phases; /* else: a row has a column for each of its elements; short rows go `phases` side by side */
     size_t size[BN_OPERANDS]; /* bytes of an element; 0: no such operand */
     bool output[BN_OPERANDS];
     char *data[BN_OPERANDS];
@@ -45,7 +44,7 @@ struct region {
 enum { PACK = BN_COLUMNS }; /* elements of a block that has to be packed */
 
 /* for (walk_begin(&w, v, region); walk_next(&w);) work on w.block.  Operands that are not rows of neighbouring elements
- * are packed first, and outputs unpacked after.  A line is walked channel by channel: one channel only. */
+ * are packed first, and outputs unpacked after.  */
 struct walk {
     const struct view *view;
     struct region left;
@@ -57,6 +56,11 @@ struct walk {
 };
 void walk_begin(struct walk *w, const struct view *v, struct region region);
 bool walk_next(struct walk *w);
+
+/* Columns that a block of `channels` channels has, and the column of (channel, phase, place); places: view_places(). */
+size_t view_columns(const struct view *v, size_t channels);
+/* How many of `channels` channels a walk can take together: all that are neighbours in a row. */
+size_t view_together(const struct view *v, size_t channels);
 
 /* Address of an element. */
 char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t channel, size_t inner);

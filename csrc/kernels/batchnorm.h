@@ -78,8 +78,10 @@ static inline elem_t *row(const struct bn_block *b, enum bn_operand k, size_t r)
 
 /* ---- Sums of the forward pass ------------------------------------------------------------------------------------ */
 
-/* Rows are taken ROW_TILE at a time: few enough streams for the prefetcher, enough to pay for loading the sums. */
-enum { UNROLL = 4, ROW_TILE = 16 };
+enum { UNROLL = 4, VECTORS = UNROLL * LANES64 };
+
+/* Wide rows are taken a few at a time: few enough streams for the prefetcher, enough to pay for loading the sums. */
+static inline size_t row_tile(size_t rows, size_t width) { return width <= 2 * VECTORS ? rows : at_most(rows, 16); }
 
 /* x: (rows, vectors * LANES64) at stride; sums and shift: (vectors * LANES64). */
 static ALWAYS_INLINE void add_vectors(const elem_t *x, ptrdiff_t stride, size_t rows, size_t vectors,
@@ -106,33 +108,35 @@ static ALWAYS_INLINE void add_vectors(const elem_t *x, ptrdiff_t stride, size_t 
 /* x: (rows, width) at stride; sums and shift: (width). */
 static ALWAYS_INLINE void add_rows(const elem_t *x, ptrdiff_t stride, size_t rows, size_t width, const double *shift,
                                    double *sum, double *square) {
-    size_t j = 0;
-    for (; j + UNROLL * LANES64 <= width; j += UNROLL * LANES64)
-        add_vectors(x + j, stride, rows, UNROLL, shift ? shift + j : NULL, sum + j, square + j);
-    for (; j + LANES64 <= width; j += LANES64)
-        add_vectors(x + j, stride, rows, 1, shift ? shift + j : NULL, sum + j, square + j);
-    for (; j < width; j++)
-        for (size_t r = 0; r < rows; r++) {
-            double d = (double)load(x[(ptrdiff_t)r * stride + (ptrdiff_t)j]) - (shift ? shift[j] : 0);
-            sum[j] += d;
-            square[j] += d * d;
-        }
+    for (size_t n; rows; rows -= n, x += (ptrdiff_t)n * stride) {
+        n = row_tile(rows, width);
+        size_t j = 0;
+        for (; j + VECTORS <= width; j += VECTORS)
+            add_vectors(x + j, stride, n, UNROLL, shift ? shift + j : NULL, sum + j, square + j);
+        for (; j + LANES64 <= width; j += LANES64)
+            add_vectors(x + j, stride, n, 1, shift ? shift + j : NULL, sum + j, square + j);
+        for (; j < width; j++)
+            for (size_t r = 0; r < n; r++) {
+                double d = (double)load(x[(ptrdiff_t)r * stride + (ptrdiff_t)j]) - (shift ? shift[j] : 0);
+                sum[j] += d;
+                square[j] += d * d;
+            }
+    }
 }
 
 static ALWAYS_INLINE void add_block(const struct bn_block *b, const double *shift, double *sum, double *square) {
-    size_t n = b->period;
-    if (n == b->width) {
-        ptrdiff_t stride = b->of[BN_X].stride;
-        for (size_t r = 0; r < b->rows; r += ROW_TILE)
-            add_rows(row(b, BN_X, r), stride, at_most(b->rows - r, ROW_TILE), n, shift, sum, square);
+    const size_t n = b->period, whole = b->length / n;
+    if (b->lines == 1 && b->length == n) {
+        add_rows(row(b, BN_X, 0), b->of[BN_X].stride, b->rows, n, shift, sum, square);
         return;
     }
-    for (size_t r = 0; r < b->rows; r++) { /* whole periods are rows of one period */
-        const elem_t *x = row(b, BN_X, r);
-        size_t whole = b->width / n;
-        add_rows(x, (ptrdiff_t)n, whole, n, shift, sum, square);
-        add_rows(x + whole * n, 0, 1, b->width - whole * n, shift, sum, square);
-    }
+    for (size_t r = 0; r < b->rows; r++)
+        for (size_t l = 0; l < b->lines; l++) { /* whole periods are rows of one period */
+            const elem_t *x = row(b, BN_X, r) + l * b->length;
+            const double *m = shift ? shift + l * n : NULL;
+            add_rows(x, (ptrdiff_t)n, whole, n, m, sum + l * n, square + l * n);
+            add_rows(x + whole * n, 0, 1, b->length - whole * n, m, sum + l * n, square + l * n);
+        }
 }
 
 /* sum += x, square += x^2 */
@@ -148,13 +152,14 @@ static void bn_masked_sums(const struct bn_block *b, const double *shift, double
     for (size_t r = 0; r < b->rows; r++) {
         const elem_t *x = row(b, BN_X, r);
         const uint8_t *mask = (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride;
-        for (size_t first = 0; first < b->width; first += b->period)
-            for (size_t j = 0; j < at_most(b->width - first, b->period); j++) {
-                double m = mask[first + j] ? 1 : 0, d = (double)load(x[first + j]) - shift[j];
-                d = mask[first + j] ? d : 0; /* not m * d: a NaN under the mask does not count */
-                count[j] += m;
-                sum[j] += d;
-                square[j] += d * d;
+        for (size_t l = 0; l < b->lines; l++)
+            for (size_t j = 0; j < b->length; j++, x++, mask++) {
+                const size_t k = l * b->period + j % b->period;
+                if (!*mask) continue;
+                const double d = (double)load(*x) - shift[k];
+                count[k] += 1;
+                sum[k] += d;
+                square[k] += d * d;
             }
     }
 }
@@ -200,47 +205,45 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_
 }
 
 /* x, dy, y: (rows, width) at their strides; sums and shift: (width). */
-static ALWAYS_INLINE void add_gradient_rows(const struct bn_rows of[3], size_t rows, size_t width, const double *shift,
+static ALWAYS_INLINE void add_gradient_rows(struct bn_rows of[3], size_t rows, size_t width, const double *shift,
                                             double *sum, double *dbias, double *dscale) {
-    size_t j = 0;
-    for (; j + UNROLL * LANES64 <= width; j += UNROLL * LANES64)
-        add_gradient_vectors(of, j, rows, UNROLL, shift, sum, dbias, dscale);
-    for (; j + LANES64 <= width; j += LANES64) add_gradient_vectors(of, j, rows, 1, shift, sum, dbias, dscale);
-    const elem_t *x = of[0].at, *dy = of[1].at, *y = of[2].at;
-    for (; j < width; j++)
-        for (ptrdiff_t r = 0; r < (ptrdiff_t)rows; r++) {
-            double d = (double)load(x[r * of[0].stride + (ptrdiff_t)j]) - (EXACT_PRODUCTS ? 0 : shift[j]);
-            double g = (double)load(dy[r * of[1].stride + (ptrdiff_t)j]);
-            if (y && !(load(y[r * of[2].stride + (ptrdiff_t)j]) > 0)) g = 0;
-            sum[j] += d;
-            dbias[j] += g;
-            dscale[j] += d * g;
-        }
+    for (size_t n; rows; rows -= n) {
+        n = row_tile(rows, width);
+        size_t j = 0;
+        for (; j + VECTORS <= width; j += VECTORS) add_gradient_vectors(of, j, n, UNROLL, shift, sum, dbias, dscale);
+        for (; j + LANES64 <= width; j += LANES64) add_gradient_vectors(of, j, n, 1, shift, sum, dbias, dscale);
+        const elem_t *x = of[0].at, *dy = of[1].at, *y = of[2].at;
+        for (; j < width; j++)
+            for (ptrdiff_t r = 0; r < (ptrdiff_t)n; r++) {
+                double d = (double)load(x[r * of[0].stride + (ptrdiff_t)j]) - (EXACT_PRODUCTS ? 0 : shift[j]);
+                double g = (double)load(dy[r * of[1].stride + (ptrdiff_t)j]);
+                if (y && !(load(y[r * of[2].stride + (ptrdiff_t)j]) > 0)) g = 0;
+                sum[j] += d;
+                dbias[j] += g;
+                dscale[j] += d * g;
+            }
+        for (int k = 0; k < 3; k++)
+            if (of[k].at) of[k].at = (elem_t *)of[k].at + (ptrdiff_t)n * of[k].stride;
+    }
 }
 
 static ALWAYS_INLINE void add_gradient_block(const struct bn_block *b, bool relu, const double *shift, double *sum,
                                              double *dbias, double *dscale) {
-    static const enum bn_operand operand[3] = {BN_X, BN_DY, BN_Y};
-    size_t n = b->period, step = n == b->width ? ROW_TILE : 1;
-    for (size_t r = 0; r < b->rows; r += step) {
-        struct bn_rows of[3], rest[3];
-        size_t whole = b->width / n;
-        for (int k = 0; k < 3; k++) {
-            if (k == 2 && !relu) {
-                of[k] = rest[k] = (struct bn_rows){NULL, 0};
-                continue;
-            }
-            elem_t *at = row(b, operand[k], r);
-            of[k] = (struct bn_rows){at, n == b->width ? b->of[operand[k]].stride : (ptrdiff_t)n};
-            rest[k] = (struct bn_rows){at + whole * n, 0};
-        }
-        if (n == b->width) {
-            add_gradient_rows(of, at_most(b->rows - r, step), n, shift, sum, dbias, dscale);
-        } else {
-            add_gradient_rows(of, whole, n, shift, sum, dbias, dscale);
-            add_gradient_rows(rest, 1, b->width - whole * n, shift, sum, dbias, dscale);
-        }
+    const size_t n = b->period, whole = b->length / n, rest = b->length - whole * n;
+    if (b->lines == 1 && b->length == n) {
+        struct bn_rows of[3] = {b->of[BN_X], b->of[BN_DY], relu ? b->of[BN_Y] : (struct bn_rows){NULL, 0}};
+        add_gradient_rows(of, b->rows, n, shift, sum, dbias, dscale);
+        return;
     }
+    for (size_t r = 0; r < b->rows; r++)
+        for (size_t l = 0; l < b->lines; l++) { /* whole periods are rows of one period */
+            const size_t k = l * n, j = l * b->length;
+            elem_t *x = row(b, BN_X, r) + j, *dy = row(b, BN_DY, r) + j, *y = relu ? row(b, BN_Y, r) + j : NULL;
+            struct bn_rows of[3] = {{x, (ptrdiff_t)n}, {dy, (ptrdiff_t)n}, {y, (ptrdiff_t)n}};
+            add_gradient_rows(of, whole, n, shift + k, sum + k, dbias + k, dscale + k);
+            struct bn_rows tail[3] = {{x + whole * n, 0}, {dy + whole * n, 0}, {relu ? y + whole * n : NULL, 0}};
+            add_gradient_rows(tail, 1, rest, shift + k, sum + k, dbias + k, dscale + k);
+        }
 }
 
 /* sum += x, dbias += dy, dscale += dy * x; float64: with x - shift in place of x. */
@@ -253,120 +256,142 @@ static void bn_gradient_sums(const struct bn_block *b, const double *shift, doub
 
 /* ---- Elementwise sweeps ------------------------------------------------------------------------------------------ */
 
-/* Columns' coefficients in the precision of the computation. */
-struct columns {
-    acc_t centre[BN_COLUMNS], gain[BN_COLUMNS], slope[BN_COLUMNS], offset[BN_COLUMNS];
+enum { LINE = 64 / sizeof(elem_t) }; /* elements of a cache line */
+
+/* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so that
+ * a cache line of elements finds its own whatever column it starts in. */
+struct coefficients {
+    acc_t centre[BN_COLUMNS + LINE], gain[BN_COLUMNS + LINE], slope[BN_COLUMNS + LINE], offset[BN_COLUMNS + LINE];
 };
 
-static void narrow_coefficients(struct columns *c, const struct bn_coefficients *from, size_t n) {
-    for (size_t j = 0; j < n; j++) c->centre[j] = (acc_t)from->centre[j];
-    for (size_t j = 0; j < n; j++) c->gain[j] = (acc_t)from->gain[j];
-    for (size_t j = 0; j < n; j++) c->offset[j] = (acc_t)from->offset[j];
-    if (from->slope)
-        for (size_t j = 0; j < n; j++) c->slope[j] = (acc_t)from->slope[j];
+/* n >= 1 */
+static void narrow_to(acc_t *to, const double *from, size_t n) {
+    to[0] = (acc_t)from[0];
+    for (size_t j = 1; j < n; j++) to[j] = (acc_t)from[j];
+    for (size_t j = 0; j < LINE; j++) to[n + j] = to[j];
 }
 
-/* One row's pointers, and which of them are used: known when the loops are compiled. */
+/* One line.  NULL for what is absent, which is known when a loop is compiled. */
 struct sweep {
-    const elem_t *x, *residual, *dy, *y_out;
+    const elem_t *x, *residual, *dy, *relu_y;
     const uint8_t *mask;
-    elem_t *y, *dx, *dresidual;
+    elem_t *out, *dresidual;
     acc_t floor;
 };
-enum { LINE = 64 / sizeof(elem_t) };
 
-/* y[j] for j in [0, n), columns k + j. */
-static ALWAYS_INLINE void normalise_run(const struct columns *c, size_t k, const elem_t *x, const elem_t *residual, elem_t *y, size_t n, acc_t floor) {
+/* Elements j .. j + n - 1 of the line, with coefficients k .. k + n - 1, or k for all. */
+static ALWAYS_INLINE void sweep_run(const struct coefficients *c, const struct sweep *s, size_t j, size_t k, size_t n,
+                                    bool channel_line, elem_t *out, elem_t *dresidual) {
+#pragma GCC unroll 1
 #pragma GCC ivdep
-    for (size_t j = 0; j < n; j++) {
-        acc_t v = (load(x[j]) - c->centre[k + j]) * c->gain[k + j] + c->offset[k + j];
-        if (residual) v += load(residual[j]);
-        y[j] = store(floor > v ? floor : v);
+    for (size_t i = 0; i < n; i++) {
+        const size_t m = channel_line ? k : k + i;
+        const acc_t d = load(s->x[j + i]) - c->centre[m];
+        if (s->dy) {
+            elem_t g = s->dy[j + i];
+            if (s->relu_y) g = load(s->relu_y[j + i]) > 0 ? g : 0;
+            acc_t through_statistics = c->slope[m] * d + c->offset[m];
+            if (s->mask) through_statistics = s->mask[j + i] ? through_statistics : 0;
+            if (dresidual) dresidual[i] = g;
+            out[i] = store(c->gain[m] * load(g) + through_statistics);
+        } else {
+            acc_t y = d * c->gain[m] + c->offset[m];
+            if (s->residual) y += load(s->residual[j + i]);
+            out[i] = store(s->floor > y ? s->floor : y);
+        }
     }
 }
 
-static ALWAYS_INLINE void normalise_block(const struct bn_block *b, const struct columns *c, bool residual, acc_t floor) {
-    for (size_t r = 0; r < b->rows; r++) {
-        const elem_t *x = row(b, BN_X, r), *res = residual ? row(b, BN_RESIDUAL, r) : NULL;
-        elem_t *y = row(b, BN_Y, r);
-        for (size_t first = 0; first < b->width; first += b->period) {
-            size_t j = first, n = at_most(b->width, first + b->period);
-            if (b->stream) {
-                size_t head = (size_t)(-(uintptr_t)(y + j) % 64) / sizeof(elem_t);
-                head = at_most(head, n - j);
-                normalise_run(c, 0, x + j, res ? res + j : NULL, y + j, head, floor);
-                for (j += head; j + LINE <= n; j += LINE) {
-                    elem_t line[LINE] __attribute__((aligned(64)));
-                    normalise_run(c, j - first, x + j, res ? res + j : NULL, line, LINE, floor);
-                    stream_lines(y + j, line, sizeof line);
-                }
-            }
-            normalise_run(c, j - first, x + j, res ? res + j : NULL, y + j, n - j, floor);
-        }
+/* Around the cache: a whole cache line goes through a buffer. */
+static ALWAYS_INLINE void sweep_around(const struct coefficients *c, const struct sweep *s, size_t j, size_t k,
+                                       bool channel_line) {
+    elem_t out[LINE] __attribute__((aligned(64))), dresidual[LINE] __attribute__((aligned(64)));
+    sweep_run(c, s, j, k, LINE, channel_line, out, s->dresidual ? dresidual : NULL);
+    stream_lines(s->out + j, out, sizeof out);
+    if (s->dresidual) memcpy(s->dresidual + j, dresidual, sizeof dresidual);
+}
+
+static ALWAYS_INLINE elem_t *at_or_null(elem_t *p, size_t j) { return p ? p + j : NULL; }
+
+/* n elements; coefficient l for all, or element j's is j % period. */
+static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct sweep *s, size_t n, size_t l,
+                                     size_t period, bool channel_line, bool stream) {
+    size_t j = 0, k = l;
+    if (stream) { /* up to the first whole line of the output */
+        j = at_most((size_t)(-(uintptr_t)s->out % 64) / sizeof(elem_t), n);
+        sweep_run(c, s, 0, k, j, channel_line, s->out, s->dresidual);
+        if (!channel_line) k = j % period;
     }
+    if (stream || !channel_line)
+        for (; j + LINE <= n; j += LINE) {
+            if (stream)
+                sweep_around(c, s, j, k, channel_line);
+            else
+                sweep_run(c, s, j, k, LINE, false, s->out + j, at_or_null(s->dresidual, j));
+            if (!channel_line)
+                for (k += LINE; k >= period;) k -= period;
+        }
+    sweep_run(c, s, j, k, n - j, channel_line, s->out + j, at_or_null(s->dresidual, j));
+}
+
+static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coefficients *c, bool backward, bool relu,
+                                      bool masked, bool residual, bool channel_lines, bool stream) {
+    for (size_t r = 0; r < b->rows; r++)
+        for (size_t l = 0; l < b->lines; l++) {
+            const size_t j = l * b->length;
+            const struct sweep s = {
+                .x = row(b, BN_X, r) + j,
+                .residual = residual && !backward ? row(b, BN_RESIDUAL, r) + j : NULL,
+                .dy = backward ? row(b, BN_DY, r) + j : NULL,
+                .relu_y = backward && relu ? row(b, BN_Y, r) + j : NULL,
+                .mask = masked ? (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride + j : NULL,
+                .out = row(b, backward ? BN_DX : BN_Y, r) + j,
+                .dresidual = residual && backward ? row(b, BN_DRESIDUAL, r) + j : NULL,
+                .floor = relu ? 0 : -(acc_t)INFINITY,
+            };
+            sweep_line(c, &s, b->length, l, b->period, channel_lines, stream);
+        }
+}
+
+/* One loop for each place of the coefficients and each way to write, each compiled for the operands there are. */
+static ALWAYS_INLINE void sweep(const struct bn_block *b, const struct bn_coefficients *k, bool backward, bool relu,
+                                bool masked, bool residual) {
+    struct coefficients c;
+    const size_t n = b->channel_lines ? b->lines : b->period;
+    narrow_to(c.centre, k->centre, n);
+    narrow_to(c.gain, k->gain, n);
+    narrow_to(c.offset, k->offset, n);
+    narrow_to(c.slope, backward ? k->slope : k->gain, n); /* forward has none */
+    if (b->channel_lines && b->stream)
+        sweep_block(b, &c, backward, relu, masked, residual, true, true);
+    else if (b->channel_lines)
+        sweep_block(b, &c, backward, relu, masked, residual, true, false);
+    else if (b->stream)
+        sweep_block(b, &c, backward, relu, masked, residual, false, true);
+    else
+        sweep_block(b, &c, backward, relu, masked, residual, false, false);
 }
 
 /* y = gain * (x - centre) + offset [+ residual], [0 where below] */
-static void bn_normalise(const struct bn_block *b, const struct bn_coefficients *coefficients) {
-    struct columns c;
-    narrow_coefficients(&c, coefficients, b->period);
-    acc_t floor = b->relu ? 0 : -(acc_t)INFINITY;
+static void bn_normalise(const struct bn_block *b, const struct bn_coefficients *k) {
     if (b->of[BN_RESIDUAL].at)
-        normalise_block(b, &c, true, floor);
+        sweep(b, k, false, b->relu, false, true);
     else
-        normalise_block(b, &c, false, floor);
-}
-
-static ALWAYS_INLINE void differentiate_run(const struct columns *c, size_t k, const elem_t *x, const elem_t *dy, const elem_t *y, const uint8_t *mask, elem_t *dx, elem_t *dresidual, size_t n) {
-#pragma GCC ivdep
-    for (size_t j = 0; j < n; j++) {
-        elem_t g = dy[j];
-        if (y) g = load(y[j]) > 0 ? g : 0;
-        acc_t through_statistics = c->slope[k + j] * (load(x[j]) - c->centre[k + j]) + c->offset[k + j];
-        if (mask) through_statistics = mask[j] ? through_statistics : 0;
-        dx[j] = store(c->gain[k + j] * load(g) + through_statistics);
-        if (dresidual) dresidual[j] = g;
-    }
-}
-
-static ALWAYS_INLINE void differentiate_block(const struct bn_block *b, const struct columns *c, bool relu, bool masked, bool residual) {
-    for (size_t r = 0; r < b->rows; r++) {
-        const elem_t *x = row(b, BN_X, r), *dy = row(b, BN_DY, r), *y = relu ? row(b, BN_Y, r) : NULL;
-        const uint8_t *mask = masked ? (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride : NULL;
-        elem_t *dx = row(b, BN_DX, r), *dres = residual ? row(b, BN_DRESIDUAL, r) : NULL;
-        for (size_t first = 0; first < b->width; first += b->period) {
-            size_t j = first, n = at_most(b->width, first + b->period);
-            bool together = !residual || ((uintptr_t)(dx + j) - (uintptr_t)(dres + j)) % 64 == 0;
-            if (b->stream && together) {
-                size_t head = (size_t)(-(uintptr_t)(dx + j) % 64) / sizeof(elem_t);
-                head = at_most(head, n - j);
-                differentiate_run(c, 0, x + j, dy + j, y ? y + j : NULL, mask ? mask + j : NULL, dx + j, dres ? dres + j : NULL, head);
-                for (j += head; j + LINE <= n; j += LINE) {
-                    elem_t line[LINE] __attribute__((aligned(64))), dres_line[LINE] __attribute__((aligned(64)));
-                    differentiate_run(c, j - first, x + j, dy + j, y ? y + j : NULL, mask ? mask + j : NULL, line, dres ? dres_line : NULL, LINE);
-                    stream_lines(dx + j, line, sizeof line);
-                    if (dres) stream_lines(dres + j, dres_line, sizeof dres_line);
-                }
-            }
-            differentiate_run(c, j - first, x + j, dy + j, y ? y + j : NULL, mask ? mask + j : NULL, dx + j, dres ? dres + j : NULL, n - j);
-        }
-    }
+        sweep(b, k, false, b->relu, false, false);
 }
 
 /* dx = gain * g + slope * (x - centre) + offset, dresidual = g, where g = dy, 0 where the ReLU's output y is not above
  * 0.  Elements outside the mask: dx = gain * g. */
-static void bn_differentiate(const struct bn_block *b, const struct bn_coefficients *coefficients) {
-    struct columns c;
-    narrow_coefficients(&c, coefficients, b->period);
-    bool masked = b->of[BN_MASK].at, residual = b->of[BN_DRESIDUAL].at;
-    if (masked)
-        differentiate_block(b, &c, b->relu, true, residual);
-    else if (!b->relu && !residual)
-        differentiate_block(b, &c, false, false, false);
-    else if (!residual)
-        differentiate_block(b, &c, true, false, false);
-    else
-        differentiate_block(b, &c, b->relu, false, true);
+static void bn_differentiate(const struct bn_block *b, const struct bn_coefficients *k) {
+    const bool masked = b->of[BN_MASK].at, residual = b->of[BN_DRESIDUAL].at;
+    if (!masked && !b->relu && !residual)
+        sweep(b, k, true, false, false, false);
+    else if (!masked && b->relu && !residual)
+        sweep(b, k, true, true, false, false);
+    else if (!masked && b->relu)
+        sweep(b, k, true, true, false, true);
+    else /* rare: which operands there are is found out at each element */
+        sweep(b, k, true, b->relu, masked, residual);
 }
 
 #endif

@@ -32,8 +32,8 @@ struct mask_kernels {
 };
 
 /* ---- Batch-norm: a block of rows, what the loops work on ----------------------------------------------------------
- * Element j of a row belongs to column j % period.  A channel owns one or several columns; what is summed, and every
- * coefficient, is an array of `period` doubles, one a column. */
+ * A row has `lines` lines of `length` neighbouring elements; element j of line l belongs to column l * period + j % period.
+ * A channel owns one or several columns.  What is summed is an array of doubles, one a column. */
 enum bn_operand { BN_X, BN_Y, BN_RESIDUAL, BN_DY, BN_DX, BN_DRESIDUAL, BN_MASK, BN_OPERANDS };
 
 struct bn_rows {
@@ -42,13 +42,14 @@ struct bn_rows {
 };
 
 struct bn_block {
-    size_t rows, width, period;     /* period: at most BN_COLUMNS; equal to width, or smaller */
-    struct bn_rows of[BN_OPERANDS]; /* a byte an element in the mask, the table's dtype in the others */
+    size_t rows, lines, length, period; /* lines > 1 only if each is one channel's */
+    struct bn_rows of[BN_OPERANDS];     /* a byte an element in the mask, the table's dtype in the others */
+    bool channel_lines;                 /* a coefficient a line; else a coefficient a column */
     bool relu;
-    bool stream;                    /* write around the cache */
+    bool stream; /* write around the cache */
 };
 
-enum { BN_COLUMNS = 1024 };
+enum { BN_COLUMNS = 1024 }; /* of a block: at most */
 
 /* dx = gain * dy + slope * (x - centre) + offset; y = gain * (x - centre) + offset. */
 struct bn_coefficients {
@@ -62,7 +63,7 @@ struct kernels {
     void (*dropout)(const void *x, void *y, size_t n, const uint32_t *keep, unsigned shift, double scale, bool stream);
     void (*stream_end)(void); /* after the last streamed store of a chunk: makes them visible to other threads */
 
-    /* Batch-norm.  Sums and coefficients are arrays of b->period doubles. */
+    /* Batch-norm.  All are described where they are defined. */
     void (*bn_sums)(const struct bn_block *b, double *sum, double *square);
     void (*bn_shifted_sums)(const struct bn_block *b, const double *shift, double *sum, double *square);
     void (*bn_masked_sums)(const struct bn_block *b, const double *shift, double *count, double *sum, double *square);
