@@ -100,7 +100,8 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual: NULL; then their strides are not read.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
- * Bits.     The order of additions is a function of shape and of the order of x's strides; NaN and Inf stay in their channel.
+ * Bits.     The order of additions is a function of shape and of the order of x's strides; NaN and Inf stay in their
+ *           channel (which NaN, of the many, is not promised).
  * Edges.    A channel without elements, or whose mask is all false: mean and var are NaN.
  * Pass the mean of the forward to backward: it is refined from x, because a float may be a good part of a std off. */
 struct pyreg_batchnorm {
