@@ -3,7 +3,7 @@
  * Contract of every function
  *   - Arguments are checked before anything is written; the result is a status, PYREG_OK (0) or an error.
  *   - Results are a function of the arguments alone: the same bits for every thread count, instruction set,
- *     alignment, memory layout, and for in-place and fresh outputs.
+ *     alignment, memory layout (but see batch-norm), and for in-place and fresh outputs.
  *   - Thread-safe: any number of threads may call at once.  The library keeps no state but the thread count.
  *   - The caller's floating-point mode (rounding, flush-to-zero) holds in every worker thread, and is kept.
  *   - Arrays may be strided in any way (strides in bytes, also zero for inputs, also negative); elements are aligned
@@ -100,7 +100,7 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual: NULL; then their strides are not read.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
- * Bits.     The order of additions is a function of shape and of the order of x's strides; NaN and Inf stay in their
+ * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and Inf stay in their
  *           channel (which NaN, of the many, is not promised).
  * Edges.    A channel without elements, or whose mask is all false: mean and var are NaN.
  * Pass the mean of the forward to backward: it is refined from x, because a float may be a good part of a std off. */

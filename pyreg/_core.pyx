@@ -220,6 +220,14 @@ def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
+def any_overlap(cnp.ndarray out, *inputs):
+    """Whether writing out may spoil one of the inputs (arrays of its shape, or None)."""
+    for a in inputs:
+        if a is not None and a is not out and partly_overlap(a, out):
+            return True
+    return False
+
+
 cdef void *data(array) noexcept:
     return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
 

@@ -324,21 +324,24 @@ def dropout_mask(
 
 
 def _check_axis(axis, ndim):
-    if not -ndim <= operator.index(axis) < ndim:
+    axis = operator.index(axis)
+    if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {axis}; wanted a dim of an array with {ndim} dims")
-    return axis % ndim
+    return axis + ndim if axis < 0 else axis
 
 
 def _check_epsilon(epsilon):
-    if not 0.0 <= epsilon < float("inf"):
+    if not 0.0 <= epsilon < np.inf:
         raise ValueError(f"epsilon is {epsilon}; wanted a finite number of 0 or more")
     return epsilon
 
 
 def _check_activation(activation):
-    if activation not in (None, "relu"):
+    if activation is None:
+        return False
+    if activation != "relu":
         raise ValueError(f"activation is {activation!r}; wanted None or 'relu'")
-    return activation == "relu"
+    return True
 
 
 def _check_statistic(value, code, channels, name):
@@ -395,8 +398,9 @@ def _prepare_out(out, x, inputs, name="x"):
     if not isinstance(out, np.ndarray) or not _core.fits(out, x):
         _check_out(out, x, name)
         return _core.empty_like(x), inputs  # out is not aligned, or in foreign byte order
-    spoilt = [a is not None and a is not out and _core.partly_overlap(a, out) for a in inputs]
-    return out, [a.copy() if s else a for a, s in zip(inputs, spoilt, strict=True)]
+    if _core.any_overlap(out, *inputs):
+        inputs = [None if a is None else a if a is out else a.copy() for a in inputs]
+    return out, inputs
 
 
 def _deliver(y, out):
@@ -475,7 +479,7 @@ def batch_norm(
     mask = _check_mask(mask, x, axis)
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y, (x, residual, mask) = _prepare_out(out, x, [x, residual, mask])
+    y, (x, residual, mask) = _prepare_out(out, x, (x, residual, mask))
     mean, var = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y, mean, var)
     return _deliver(y, out), mean, var
@@ -518,7 +522,7 @@ def batch_norm_inference(
     bias = _check_statistic(bias, code, channels, "bias")
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y, (x, residual) = _prepare_out(out, x, [x, residual])
+    y, (x, residual) = _prepare_out(out, x, (x, residual))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
     return _deliver(y, out)
 
@@ -575,7 +579,7 @@ def batch_norm_backward(
     mask = _check_mask(mask, x, axis)
     y = _check_like(y, x, "y") if relu else None
     epsilon = _check_epsilon(epsilon)
-    dx, (dy, x, y, mask) = _prepare_out(out, x, [dy, x, y, mask])
+    dx, (dy, x, y, mask) = _prepare_out(out, x, (dy, x, y, mask))
     dresidual = _core.empty_like(x) if relu else None
     dscale, dbias = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm_backward(code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual, dscale, dbias)
