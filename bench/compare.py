@@ -64,6 +64,10 @@ def cells(record, subject, name, over):
     return [f"{number_text(ratio['median'])} ({number_text(ratio['min'])})"] if ratio else None
 
 
+def label(value):
+    return value if isinstance(value, str) else f"{value:,}"
+
+
 def print_tables(op, records):
     labels = [name for name in op.PARAMS if name not in op.TABLE_BY]
     for values, group in itertools.groupby(records, lambda r: tuple(r[name] for name in op.TABLE_BY)):
@@ -77,7 +81,7 @@ def print_tables(op, records):
                 table.add_column(text, justify="right")
         for record in group:
             for subject in op.SUBJECTS:
-                row = [f"{record[name]:,}" for name in labels] + [subject]
+                row = [label(record[name]) for name in labels] + [subject]
                 for column in columns:
                     row += cells(record, subject, *column[1:]) or ["-"]
                 table.add_row(*row)
@@ -93,11 +97,12 @@ def print_markdown(op, records, env):
     what = ", ".join(f"{name} {value}" for name, value in first.items())
     versions = ", ".join(f"{package} {env[package]}" for package in op.PACKAGES if env[package] != "not installed")
     print(f"\n{what}, {rows[0]['threads']} threads, on {env['cpu']} ({env['instruction set']}); {versions}.\n")
-    print("| elements |", " | ".join(columns), "|")
+    row_of = next(name for name in op.PARAMS if name not in (*op.TABLE_BY, "threads"))
+    print(f"| {row_of} |", " | ".join(columns), "|")
     print("|---:|" + "---:|" * len(columns))
     for row in rows:
         seconds = [row["seconds"].get(name) for name in columns.values()]
-        print(f"| {row['elements']:,} |", " | ".join(time_text(s["median"]) if s else "" for s in seconds), "|")
+        print(f"| {label(row[row_of])} |", " | ".join(time_text(s["median"]) if s else "" for s in seconds), "|")
 
 
 # ---- Plot ------------------------------------------------------------------------------------------------------------
@@ -148,13 +153,14 @@ def integer(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=["dropout"])
+    parser.add_argument("op", choices=["batchnorm", "dropout"])
     parser.add_argument("--quick", action="store_true", help="a few cases only, under half a minute")
     parser.add_argument("--sizes", dest="size", type=integer, nargs="+")
     parser.add_argument("--dtypes", dest="dtype", nargs="+")
     parser.add_argument("--rates", dest="rate", type=float, nargs="+")
+    parser.add_argument("--shapes", dest="shape", nargs="+", help='of batchnorm, for example "32,56,56,64 NHWC"')
     parser.add_argument("--threads", type=int, nargs="+")
-    parser.add_argument("--peers", nargs="*", default=["NumPy", "PyTorch", "Flax"], help="any of NumPy PyTorch Flax")
+    parser.add_argument("--peers", nargs="*", default=["NumPy", "PyTorch", "Flax", "oneDNN"], help="any of NumPy PyTorch Flax oneDNN")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--markdown", action="store_true", help="also print the README's table")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file and the plot")

@@ -1,6 +1,9 @@
 """Regularisation kernels for training on CPUs: dropout at the speed of a copy, and the same numbers as Flax."""
 
 from pyreg._config import show_config as show_config
+from pyreg._ops import batch_norm as batch_norm
+from pyreg._ops import batch_norm_backward as batch_norm_backward
+from pyreg._ops import batch_norm_inference as batch_norm_inference
 from pyreg._ops import dropout as dropout
 from pyreg._ops import dropout_backward as dropout_backward
 from pyreg._ops import dropout_mask as dropout_mask
@@ -8,4 +11,5 @@ from pyreg._ops import get_num_threads as get_num_threads
 from pyreg._ops import num_threads as num_threads
 from pyreg._ops import set_num_threads as set_num_threads
 from pyreg._version import __version__ as __version__
+from pyreg.layers import BatchNorm as BatchNorm
 from pyreg.layers import Dropout as Dropout

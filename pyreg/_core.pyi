@@ -27,6 +27,54 @@ def dropout(
     mask_strides: tuple[int, ...] | None,
 ) -> None: ...
 def dropout_mask(n: int, out: ndarray, packed: bool, generator: int, key: int, rate: float, offset: int) -> None: ...
+def any_overlap(out: ndarray, *inputs: ndarray | None) -> bool: ...
+def statistics_like(dtype: int, channels: int) -> ndarray: ...
+def is_statistic(array: Any, dtype: int, channels: int) -> bool: ...
+def batch_norm(
+    dtype: int,
+    x: ndarray,
+    axis: int,
+    epsilon: float,
+    relu: bool,
+    scale: ndarray | None,
+    bias: ndarray | None,
+    mask: ndarray | None,
+    residual: ndarray | None,
+    y: ndarray,
+    mean: ndarray,
+    var: ndarray,
+) -> None: ...
+def batch_norm_inference(
+    dtype: int,
+    x: ndarray,
+    axis: int,
+    epsilon: float,
+    relu: bool,
+    scale: ndarray | None,
+    bias: ndarray | None,
+    residual: ndarray | None,
+    mean: ndarray,
+    var: ndarray,
+    y: ndarray,
+) -> None: ...
+def batch_norm_backward(
+    dtype: int,
+    dy: ndarray,
+    x: ndarray,
+    axis: int,
+    epsilon: float,
+    relu: bool,
+    scale: ndarray | None,
+    mask: ndarray | None,
+    y: ndarray | None,
+    mean: ndarray,
+    var: ndarray,
+    dx: ndarray,
+    dresidual: ndarray | None,
+    dscale: ndarray,
+    dbias: ndarray,
+) -> None: ...
+def fail_allocation(n: int) -> None: ...
 def random_block(generator: int, key: tuple[int, ...], counter: tuple[int, ...]) -> tuple[int, ...]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...

@@ -53,6 +53,28 @@ cdef extern from "pyreg.h" nogil:
         const int64_t *x_strides, void *y, const int64_t *y_strides, const int64_t *mask_strides)
     pyreg_status pyreg_dropout_mask(const pyreg_mask *mask, size_t n, c_bool packed, uint8_t *out)
 
+    struct pyreg_batchnorm:
+        pyreg_dtype dtype
+        int ndim, axis
+        const int64_t *shape
+        double epsilon
+        c_bool relu
+        const void *scale
+        const void *bias
+
+    pyreg_status pyreg_batchnorm_forward(
+        const pyreg_batchnorm *args, const void *x, const int64_t *x_strides, const c_bool *mask,
+        const int64_t *mask_strides, const void *residual, const int64_t *residual_strides, void *y,
+        const int64_t *y_strides, void *mean, void *var)
+    pyreg_status pyreg_batchnorm_inference(
+        const pyreg_batchnorm *args, const void *x, const int64_t *x_strides, const void *mean, const void *var,
+        const void *residual, const int64_t *residual_strides, void *y, const int64_t *y_strides)
+    pyreg_status pyreg_batchnorm_backward(
+        const pyreg_batchnorm *args, const void *dy, const int64_t *dy_strides, const void *x, const int64_t *x_strides,
+        const c_bool *mask, const int64_t *mask_strides, const void *y, const int64_t *y_strides, const void *mean,
+        const void *var, const void *dmean, const void *dvar, void *dx, const int64_t *dx_strides, void *dresidual,
+        const int64_t *dresidual_strides, void *dscale, void *dbias)
+
     void pyreg_philox4x32_10(const uint32_t *key, const uint32_t *counter, uint32_t *out)
     void pyreg_threefry2x32_20(const uint32_t *key, const uint32_t *counter, uint32_t *out)
 
@@ -60,6 +82,8 @@ cdef extern from "pyreg.h" nogil:
     void pyreg_set_num_threads(int n)
     int pyreg_use_threads(int n)
     void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
+
+    void pyreg_fail_allocation(long n)
 
     pyreg_status pyreg_init()
     pyreg_status pyreg_use_isa(const char *name)
@@ -193,6 +217,112 @@ def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t
         status = pyreg_dropout_mask(&mask, n, packed, <uint8_t *>cnp.PyArray_DATA(out))
     check(status)
 
+
+# ---- Batch-norm ------------------------------------------------------------------------------------------------------
+
+def any_overlap(cnp.ndarray out, *inputs):
+    """Whether writing out may spoil one of the inputs (arrays of its shape, or None)."""
+    for a in inputs:
+        if a is not None and a is not out and partly_overlap(a, out):
+            return True
+    return False
+
+
+cdef void *data(array) noexcept:
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
+
+
+cdef const int64_t *strides(array) noexcept:
+    return NULL if array is None else <const int64_t *>cnp.PyArray_STRIDES(<cnp.ndarray>array)
+
+
+cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias):
+    cdef pyreg_batchnorm args
+    args.dtype = <pyreg_dtype>dtype
+    args.ndim = cnp.PyArray_NDIM(x)
+    args.axis = axis
+    args.shape = <const int64_t *>cnp.PyArray_DIMS(x)
+    args.epsilon = epsilon
+    args.relu = relu
+    args.scale = data(scale)
+    args.bias = data(bias)
+    return args
+
+
+def statistics_like(int dtype, cnp.npy_intp channels):
+    """A new array for a statistic or a parameter's gradient of data of this dtype."""
+    return cnp.PyArray_EMPTY(1, &channels, cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT, 0)
+
+
+def is_statistic(array, int dtype, cnp.npy_intp channels):
+    """Whether array can be read as a value a channel for data of this dtype."""
+    if not cnp.PyArray_Check(array):
+        return False
+    cdef cnp.ndarray a = array
+    return (cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == channels and cnp.PyArray_ISCARRAY_RO(a)
+            and cnp.PyArray_TYPE(a) == (cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT))
+
+
+def batch_norm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias, mask, residual,
+               cnp.ndarray y, cnp.ndarray mean, cnp.ndarray var):
+    """y, mean, var = batch_norm(x).  scale, bias, mask, residual: or None."""
+    cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
+    cdef void *mask_data = data(mask)
+    cdef void *residual_data = data(residual)
+    cdef const int64_t *mask_strides = strides(mask)
+    cdef const int64_t *residual_strides = strides(residual)
+    cdef pyreg_status status
+    with nogil:
+        status = pyreg_batchnorm_forward(
+            &args, cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), <const c_bool *>mask_data, mask_strides,
+            residual_data, residual_strides, cnp.PyArray_DATA(y), <const int64_t *>cnp.PyArray_STRIDES(y),
+            cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var))
+    check(status)
+
+
+def batch_norm_inference(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias, residual,
+                         cnp.ndarray mean, cnp.ndarray var, cnp.ndarray y):
+    """y = batch_norm_inference(x)."""
+    cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
+    cdef void *residual_data = data(residual)
+    cdef const int64_t *residual_strides = strides(residual)
+    cdef pyreg_status status
+    with nogil:
+        status = pyreg_batchnorm_inference(
+            &args, cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), cnp.PyArray_DATA(mean),
+            cnp.PyArray_DATA(var), residual_data, residual_strides, cnp.PyArray_DATA(y),
+            <const int64_t *>cnp.PyArray_STRIDES(y))
+    check(status)
+
+
+def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, double epsilon, bint relu, scale, mask, y,
+                        cnp.ndarray mean, cnp.ndarray var, cnp.ndarray dx, dresidual, cnp.ndarray dscale,
+                        cnp.ndarray dbias):
+    """dx, dscale, dbias and dresidual (or None) = batch_norm_backward(dy, x); y: None without relu."""
+    cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, None)
+    cdef void *mask_data = data(mask)
+    cdef void *y_data = data(y)
+    cdef void *dresidual_data = data(dresidual)
+    cdef const int64_t *mask_strides = strides(mask)
+    cdef const int64_t *y_strides = strides(y)
+    cdef const int64_t *dresidual_strides = strides(dresidual)
+    cdef pyreg_status status
+    with nogil:
+        status = pyreg_batchnorm_backward(
+            &args, cnp.PyArray_DATA(dy), <const int64_t *>cnp.PyArray_STRIDES(dy), cnp.PyArray_DATA(x),
+            <const int64_t *>cnp.PyArray_STRIDES(x), <const c_bool *>mask_data, mask_strides, y_data, y_strides,
+            cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var), NULL, NULL, cnp.PyArray_DATA(dx),
+            <const int64_t *>cnp.PyArray_STRIDES(dx), dresidual_data, dresidual_strides, cnp.PyArray_DATA(dscale),
+            cnp.PyArray_DATA(dbias))
+    check(status)
+
+
+def fail_allocation(long n):
+    """The n-th allocation of scratch memory from now fails, once: for tests.  0: none does."""
+    pyreg_fail_allocation(n)
+
+
+# ---- Generators ------------------------------------------------------------------------------------------------------
 
 def random_block(int generator, key, counter):
     """One block of Philox4x32-10 or Threefry2x32-20: tuples of 32-bit words in and out."""

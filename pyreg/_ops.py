@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyreg import _core
 
-__all__ = ["dropout", "dropout_backward", "dropout_mask", "get_num_threads", "num_threads", "set_num_threads"]
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_inference", "dropout", "dropout_backward", "dropout_mask", "get_num_threads", "num_threads", "set_num_threads"]
 
 Array = NDArray[Any]  # of float32, float64, float16 or bfloat16
 Key = int | ArrayLike
@@ -318,6 +318,273 @@ def dropout_mask(
         out = np.empty((n + 7) // 8, np.uint8)
     _core.dropout_mask(n, out, packed, generator, key, rate, offset)
     return out
+
+
+# ---- Batch-norm ------------------------------------------------------------------------------------------------------
+
+
+def _check_axis(axis, ndim):
+    axis = operator.index(axis)
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis is {axis}; wanted a dim of an array with {ndim} dims")
+    return axis + ndim if axis < 0 else axis
+
+
+def _check_epsilon(epsilon):
+    if not 0.0 <= epsilon < np.inf:
+        raise ValueError(f"epsilon is {epsilon}; wanted a finite number of 0 or more")
+    return epsilon
+
+
+def _check_activation(activation):
+    if activation is None:
+        return False
+    if activation != "relu":
+        raise ValueError(f"activation is {activation!r}; wanted None or 'relu'")
+    return True
+
+
+def _check_statistic(value, code, channels, name):
+    """A parameter or statistic, in the dtype that goes with the data; None stays None."""
+    if value is None or _core.is_statistic(value, code, channels):
+        return value
+    value = np.asarray(value)
+    if value.shape != (channels,):
+        raise ValueError(f"{name} has shape {value.shape}; x has {channels} channels, so wanted ({channels},)")
+    if value.dtype.kind not in "iuf" and value.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted real numbers")
+    return np.ascontiguousarray(value, np.float64 if code == _core.F64 else np.float32)
+
+
+def _check_like(value, x, name):
+    """An array of the shape and dtype of x, aligned; None stays None."""
+    if value is None:
+        return None
+    value, _ = _as_input(value, name)
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted that of x, {x.dtype}")
+    if value.shape != x.shape:
+        raise ValueError(f"{name} has shape {value.shape}; wanted that of x, {x.shape}")
+    return value
+
+
+def _check_mask(mask, x, axis):
+    """The mask, seen in the shape of x; None stays None."""
+    if mask is None:
+        return None
+    mask = np.asarray(mask)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool")
+    try:
+        seen = np.broadcast_to(mask, x.shape)
+    except ValueError:
+        raise ValueError(f"mask has shape {mask.shape}; wanted one that broadcasts to that of x, {x.shape}") from None
+    mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    counts = mask.any(axis=tuple(d for d in range(x.ndim) if d != axis))
+    if not counts.all():
+        raise ValueError(f"mask is all false in {np.size(counts) - np.count_nonzero(counts)} channels; wanted true somewhere")
+    return seen
+
+
+def _check_elements(x, axis):
+    if x.size == 0 and x.shape[axis] != 0:
+        raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
+
+
+def _prepare_out(out, x, inputs, name="x"):
+    """An array to write to, and the inputs, copied where writing would spoil them."""
+    if out is None:
+        return _core.empty_like(x), inputs
+    if not isinstance(out, np.ndarray) or not _core.fits(out, x):
+        _check_out(out, x, name)
+        return _core.empty_like(x), inputs  # out is not aligned, or in foreign byte order
+    if _core.any_overlap(out, *inputs):
+        inputs = [None if a is None else a if a is out else a.copy() for a in inputs]
+    return out, inputs
+
+
+def _deliver(y, out):
+    if out is None or y is out:
+        return y
+    out[...] = y
+    return out
+
+
+def batch_norm(
+    x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None, activation=None, residual=None, out=None
+):
+    """Normalise each channel by its own mean and variance.
+
+    ``y = (x - mean) / sqrt(var + epsilon) * scale + bias``, then ``y + residual`` if given, then ``max(y, 0)`` if
+    ``activation="relu"``: in one pass over memory.  The statistics are right at any ratio of mean to standard
+    deviation, and no bit depends on the number of threads or the instruction set.
+
+    Parameters
+    ----------
+    x : array_like
+        float32, float64, float16 or bfloat16, of one or more dims and any memory layout.
+    scale, bias : array_like, shape (channels,), optional
+        By default 1 and 0.
+    axis : int
+        The dim that counts the channels.
+    epsilon : float
+        Added to the variance.
+    mask : array_like of bool, optional
+        Broadcasts to the shape of ``x``: mean and variance are those of the elements where it is true.
+    activation : {None, "relu"}
+        Applied last.
+    residual : array_like, optional
+        Shape and dtype of ``x``; added before the activation.
+    out : ndarray, optional
+        Where to write ``y``; may be ``x`` or ``residual`` itself.
+
+    Returns
+    -------
+    y : ndarray
+        Shape and dtype of ``x``.
+    mean, var : ndarray, shape (channels,)
+        The biased variance.  float64 for float64 data, else float32.
+
+    Raises
+    ------
+    TypeError
+        If an array has another dtype.
+    ValueError
+        If shapes do not fit, a channel has no element or none where ``mask`` is true, or an option is out of range.
+    KeyboardInterrupt
+        On Ctrl-C; ``out`` is then partly written.
+
+    Notes
+    -----
+    Ioffe and Szegedy, "Batch normalization: accelerating deep network training by reducing internal covariate shift",
+    ICML 2015.
+
+    Examples
+    --------
+    >>> import numpy as np, pyreg
+    >>> y, mean, var = pyreg.batch_norm(np.array([[1, 10], [3, 30]], np.float32))
+    >>> mean, var
+    (array([ 2., 20.], dtype=float32), array([  1., 100.], dtype=float32))
+    >>> y.round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    """
+    x, code = _as_input(x)
+    axis = _check_axis(axis, x.ndim)
+    relu = _check_activation(activation)
+    _check_elements(x, axis)
+    channels = x.shape[axis]
+    scale = _check_statistic(scale, code, channels, "scale")
+    bias = _check_statistic(bias, code, channels, "bias")
+    mask = _check_mask(mask, x, axis)
+    residual = _check_like(residual, x, "residual")
+    epsilon = _check_epsilon(epsilon)
+    y, (x, residual, mask) = _prepare_out(out, x, (x, residual, mask))
+    mean, var = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
+    _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y, mean, var)
+    return _deliver(y, out), mean, var
+
+
+def batch_norm_inference(
+    x, mean, var, scale=None, bias=None, *, axis=-1, epsilon=1e-5, activation=None, residual=None, out=None
+):
+    """Normalise each channel by a given mean and variance.
+
+    Parameters
+    ----------
+    x : array_like
+        float32, float64, float16 or bfloat16, of one or more dims and any memory layout.
+    mean, var : array_like, shape (channels,)
+        For example running averages of what :func:`batch_norm` returned.
+    scale, bias, axis, epsilon, activation, residual, out
+        As in :func:`batch_norm`.
+
+    Returns
+    -------
+    ndarray
+        Shape and dtype of ``x``.
+
+    Examples
+    --------
+    >>> import numpy as np, pyreg
+    >>> pyreg.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 10], [4, 1], epsilon=0)
+    array([[0.5, 0. ]])
+    """
+    x, code = _as_input(x)
+    axis = _check_axis(axis, x.ndim)
+    relu = _check_activation(activation)
+    channels = x.shape[axis]
+    if mean is None or var is None:
+        raise TypeError("mean or var is None; wanted one value a channel")
+    mean = _check_statistic(mean, code, channels, "mean")
+    var = _check_statistic(var, code, channels, "var")
+    scale = _check_statistic(scale, code, channels, "scale")
+    bias = _check_statistic(bias, code, channels, "bias")
+    residual = _check_like(residual, x, "residual")
+    epsilon = _check_epsilon(epsilon)
+    y, (x, residual) = _prepare_out(out, x, (x, residual))
+    _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
+    return _deliver(y, out)
+
+
+def batch_norm_backward(
+    dy, x, mean, var, scale=None, *, axis=-1, epsilon=1e-5, mask=None, activation=None, y=None, out=None
+):
+    """Gradients of :func:`batch_norm` with respect to ``x``, ``scale`` and ``bias``.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient with respect to ``y``.
+    x, mean, var, scale, axis, epsilon, mask, activation
+        What :func:`batch_norm` was given and returned.  The mean is refined from ``x``: where it is many standard
+        deviations from zero, float32 cannot hold it well enough.
+    y : array_like, optional
+        What the forward pass returned; wanted if ``activation`` is given.
+    out : ndarray, optional
+        Where to write ``dx``; may be ``dy`` or ``x`` itself.
+
+    Returns
+    -------
+    dx : ndarray
+        Shape and dtype of ``x``.
+    dscale, dbias : ndarray, shape (channels,)
+        float64 for float64 data, else float32.
+    dresidual : ndarray
+        Only if ``activation`` is given: the gradient with respect to ``residual``, ``dy`` where ``y > 0`` and 0
+        elsewhere.  (Without activation it is ``dy``.)
+
+    Examples
+    --------
+    >>> import numpy as np, pyreg
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, mean, var = pyreg.batch_norm(x)
+    >>> dx, dscale, dbias = pyreg.batch_norm_backward(np.ones_like(x), x, mean, var)
+    >>> dbias
+    array([3.])
+    """
+    x, code = _as_input(x)
+    dy = _check_like(dy, x, "dy")
+    axis = _check_axis(axis, x.ndim)
+    relu = _check_activation(activation)
+    _check_elements(x, axis)
+    channels = x.shape[axis]
+    if mean is None or var is None:
+        raise TypeError("mean or var is None; wanted what batch_norm returned")
+    if relu and y is None:
+        raise TypeError("y is None; wanted what batch_norm returned, to know where its activation was 0")
+    mean = _check_statistic(mean, code, channels, "mean")
+    var = _check_statistic(var, code, channels, "var")
+    scale = _check_statistic(scale, code, channels, "scale")
+    mask = _check_mask(mask, x, axis)
+    y = _check_like(y, x, "y") if relu else None
+    epsilon = _check_epsilon(epsilon)
+    dx, (dy, x, y, mask) = _prepare_out(out, x, (dy, x, y, mask))
+    dresidual = _core.empty_like(x) if relu else None
+    dscale, dbias = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
+    _core.batch_norm_backward(code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual, dscale, dbias)
+    gradients = _deliver(dx, out), dscale, dbias
+    return (*gradients, dresidual) if relu else gradients
 
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from pyreg import _ops
 
-__all__ = ["Dropout"]
+__all__ = ["BatchNorm", "Dropout"]
 
 
 class Layer:
@@ -131,3 +131,137 @@ class Dropout(Layer):
     def __repr__(self) -> str:
         settings = ("rate", "broadcast_dims", "impl", "inverted")
         return f"Dropout({', '.join(f'{name}={getattr(self, name)!r}' for name in settings)})"
+
+
+
+class BatchNorm(Layer):
+    """Batch-norm with running statistics: by the batch's own in training, by the running ones in evaluation.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels.
+    axis : int
+        The dim that counts the channels.
+    momentum : float
+        Weight of the old value in the running mean and variance, as in Flax (PyTorch's momentum is 1 minus this).
+    epsilon : float
+        Added to the variance.
+    use_scale, use_bias : bool
+        Whether there is a scale, a bias to train.
+    dtype : dtype
+        Of parameters and running statistics.
+
+    Attributes
+    ----------
+    scale, bias : ndarray, shape (num_features,), or None
+    mean, var : ndarray, shape (num_features,)
+        Running statistics; the variance is the biased one, as in Flax.
+    grads : dict
+        Set by :meth:`backward`: the gradients of ``scale`` and ``bias``.
+    training : bool
+        Set by :meth:`train` and :meth:`eval`; true at first.
+
+    Examples
+    --------
+    >>> import numpy as np, pyreg
+    >>> layer = pyreg.BatchNorm(2, momentum=0.9)
+    >>> y = layer(np.array([[1, 10], [3, 30]], np.float32))
+    >>> layer.mean, layer.var
+    (array([0.2, 2. ], dtype=float32), array([ 1. , 10.9], dtype=float32))
+    >>> dx = layer.backward(np.ones((2, 2), np.float32))
+    >>> layer.grads["bias"]
+    array([2., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self, num_features, *, axis=-1, momentum=0.99, epsilon=1e-5, use_scale=True, use_bias=True, dtype=np.float32
+    ):
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum is {momentum}; wanted a weight of the old value in [0, 1]")
+        self.num_features = num_features
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = _ops._check_epsilon(epsilon)
+        self.scale = np.ones(num_features, dtype) if use_scale else None
+        self.bias = np.zeros(num_features, dtype) if use_bias else None
+        self.mean = np.zeros(num_features, dtype)
+        self.var = np.ones(num_features, dtype)
+        self.grads = {}
+        self._saved = None
+
+    def __call__(self, x, *, mask=None):
+        """Batch-norm of ``x``; in training the running statistics take a step.  ``mask``: as in `pyreg.batch_norm`."""
+        x, _ = _ops._as_input(x)
+        self._check_channels(x)
+        options = {"axis": self.axis, "epsilon": self.epsilon}
+        if not self.training:
+            self._saved = x, None, self.mean, self.var
+            return _ops.batch_norm_inference(x, self.mean, self.var, self.scale, self.bias, **options)
+        y, mean, var = _ops.batch_norm(x, self.scale, self.bias, mask=mask, **options)
+        self._saved = x, mask, mean, var
+        self.mean = self._step(self.mean, mean)
+        self.var = self._step(self.var, var)
+        return y
+
+    def backward(self, dy):
+        """Gradient of the last call with respect to its input; sets ``grads``."""
+        if self._saved is None:
+            raise RuntimeError("backward() before a call; wanted layer(x) first")
+        x, mask, mean, var = self._saved
+        options = {"axis": self.axis, "epsilon": self.epsilon}
+        if self.training:
+            dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, self.scale, mask=mask, **options)
+        else:  # the statistics are constants
+            dy = _ops._check_like(dy, x, "dy")
+            zero = np.zeros_like(mean)
+            dx = _ops.batch_norm_inference(dy, zero, var, self.scale, **options)
+            xhat = _ops.batch_norm_inference(x, mean, var, **options).astype(np.float64)
+            others = tuple(d for d in range(x.ndim) if d != self.axis % x.ndim)
+            dscale, dbias = (dy * xhat).sum(others), dy.sum(others, dtype=np.float64)
+        self.grads = {}
+        if self.scale is not None:
+            self.grads["scale"] = dscale.astype(self.scale.dtype, copy=False)
+        if self.bias is not None:
+            self.grads["bias"] = dbias.astype(self.bias.dtype, copy=False)
+        return dx
+
+    def _check_channels(self, x):
+        channels = x.shape[_ops._check_axis(self.axis, x.ndim)]
+        if channels != self.num_features:
+            raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {self.num_features}")
+
+    def _step(self, old, new):
+        return (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype, copy=False)
+
+    def state_dict(self):
+        """Copies of parameters and running statistics, by Flax's names: scale, bias, mean, var."""
+        return {name: getattr(self, name).copy() for name in _STATE if getattr(self, name) is not None}
+
+    def load_state_dict(self, state):
+        """Take parameters and running statistics, by Flax's names or by PyTorch's.
+
+        PyTorch's are weight, bias, running_mean, running_var; num_batches_tracked is ignored.  Nothing changes if
+        something is missing or does not fit.
+        """
+        state = {_TORCH_NAMES.get(name, name): value for name, value in state.items() if name != "num_batches_tracked"}
+        wanted = {name for name in _STATE if getattr(self, name) is not None}
+        if set(state) != wanted:
+            raise ValueError(f"state has {sorted(state)}; wanted {sorted(wanted)} (or PyTorch's names for them)")
+        new = {name: np.array(value, self.mean.dtype) for name, value in state.items()}
+        for name, value in new.items():
+            if value.shape != (self.num_features,):
+                raise ValueError(f"{name} has shape {value.shape}; wanted ({self.num_features},)")
+        for name, value in new.items():
+            setattr(self, name, value)
+
+    def __getstate__(self):
+        """Copies and pickles take the state, not the arrays kept for the backward pass."""
+        return {**self.__dict__, "_saved": None}
+
+    def __repr__(self):
+        return f"BatchNorm({self.num_features}, axis={self.axis}, momentum={self.momentum}, epsilon={self.epsilon})"
+
+
+_STATE = ("scale", "bias", "mean", "var")
+_TORCH_NAMES = {"weight": "scale", "running_mean": "mean", "running_var": "var"}

@@ -22,3 +22,21 @@ def same(a, b):
 
 def normal(shape, dtype, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def layouts(x):
+    """x in many memory layouts."""
+    yield "C", x.copy("C")
+    yield "F", np.asfortranarray(x)
+    yield "inner step", np.repeat(x, 2, axis=-1)[..., ::2]
+    yield "rows of a wider array", np.concatenate([x, x], axis=-1)[..., : x.shape[-1]]
+    yield "negative inner", x[..., ::-1].copy()[..., ::-1]
+    yield "negative outer", x[::-1].copy()[::-1]
+    yield "transposed", np.moveaxis(np.moveaxis(x, 0, -1).copy(), -1, 0)
+    raw = np.empty(x.nbytes + 64, np.uint8)
+    aligned = raw[-raw.ctypes.data % 64 + x.itemsize :][: x.nbytes].view(x.dtype).reshape(x.shape)
+    aligned[...] = x
+    yield "off the cache line", aligned
+    odd = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    odd[...] = x
+    yield "odd address", odd

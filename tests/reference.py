@@ -92,3 +92,59 @@ def dropout(x, rate, key, impl="philox", offset=0, broadcast_dims=(), scaled=Tru
     with np.errstate(all="ignore"):
         y = (wide * (scale(x.dtype, rate) if scaled else wide.dtype.type(1))).astype(x.dtype)
     return np.where(keep, y, x.dtype.type(0))
+
+
+# ---- Batch-norm (Ioffe and Szegedy, ICML 2015), in float64 -----------------------------------------------------------
+
+
+def _by_channel(values, x, axis):
+    """One value a channel, in a shape that broadcasts against x."""
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return np.asarray(values, np.float64).reshape(shape)
+
+
+def _others(x, axis):
+    return tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+
+
+def batch_statistics(x, axis, mask=None):
+    """Mean and biased variance of each channel, each taken after subtracting a first mean: right to a few ulp."""
+    x, others = x.astype(np.float64), _others(x, axis)
+    counts = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
+    n = counts.sum(others)
+    mean = np.where(counts, x, 0).sum(others) / n
+    mean += np.where(counts, x - _by_channel(mean, x, axis), 0).sum(others) / n
+    d = np.where(counts, x - _by_channel(mean, x, axis), 0)
+    return mean, (d * d).sum(others) / n, n
+
+
+def normalise(x, mean, var, scale=None, bias=None, axis=-1, epsilon=1e-5, activation=None, residual=None):
+    x = x.astype(np.float64)
+    gain = (1 if scale is None else scale) / np.sqrt(np.asarray(var, np.float64) + epsilon)
+    y = (x - _by_channel(mean, x, axis)) * _by_channel(gain, x, axis)
+    if bias is not None:
+        y = y + _by_channel(bias, x, axis)
+    if residual is not None:
+        y = y + residual.astype(np.float64)
+    return np.maximum(y, 0) if activation == "relu" else y
+
+
+def batch_norm(x, scale=None, bias=None, axis=-1, epsilon=1e-5, mask=None, activation=None, residual=None):
+    mean, var, _ = batch_statistics(x, axis, mask)
+    return normalise(x, mean, var, scale, bias, axis, epsilon, activation, residual), mean, var
+
+
+def batch_norm_backward(dy, x, scale=None, axis=-1, epsilon=1e-5, mask=None, activation=None, y=None):
+    """dx, dscale, dbias, dresidual."""
+    mean, var, n = batch_statistics(x, axis, mask)
+    xhat, dy = normalise(x, mean, var, axis=axis, epsilon=epsilon), dy.astype(np.float64)
+    if activation == "relu":
+        dy = np.where(y.astype(np.float64) > 0, dy, 0)
+    others = _others(x, axis)
+    dbias, dscale = dy.sum(others), (dy * xhat).sum(others)
+    through_statistics = _by_channel(dbias / n, x, axis) + xhat * _by_channel(dscale / n, x, axis)
+    if mask is not None:
+        through_statistics = np.where(mask, through_statistics, 0)
+    gain = (1 if scale is None else scale) / np.sqrt(var + epsilon)
+    return _by_channel(gain, x, axis) * (dy - through_statistics), dscale, dbias, dy

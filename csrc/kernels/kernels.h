@@ -31,12 +31,45 @@ struct mask_kernels {
     void (*threefry_block)(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]);
 };
 
+/* ---- Batch-norm: a block of rows, what the loops work on ----------------------------------------------------------
+ * A row has `lines` lines of `length` neighbouring elements; element j of line l belongs to column l * period + j % period.
+ * A channel owns one or several columns.  What is summed is an array of doubles, one a column. */
+enum bn_operand { BN_X, BN_Y, BN_RESIDUAL, BN_DY, BN_DX, BN_DRESIDUAL, BN_MASK, BN_OPERANDS };
+
+struct bn_rows {
+    void *at;         /* row 0; NULL: there is no such operand */
+    ptrdiff_t stride; /* from row to row, in elements */
+};
+
+struct bn_block {
+    size_t rows, lines, length, period; /* lines > 1 only if each is one channel's */
+    struct bn_rows of[BN_OPERANDS];     /* a byte an element in the mask, the table's dtype in the others */
+    bool channel_lines;                 /* a coefficient a line; else a coefficient a column */
+    bool relu;
+    bool stream; /* write around the cache */
+};
+
+enum { BN_COLUMNS = 1024 }; /* of a block: at most */
+
+/* dx = gain * dy + slope * (x - centre) + offset; y = gain * (x - centre) + offset. */
+struct bn_coefficients {
+    const double *centre, *gain, *slope, *offset;
+};
+
 /* Loops over elements: one table an ISA and dtype.  x and y are arrays of that dtype. */
 struct kernels {
     /* y[j] = bit `shift + j` of keep ? x[j] * scale : 0, for j < n.  Reads at most one word past the last bit.
      * stream: write around the cache; y is then aligned to 64 bytes.  x may be y. */
     void (*dropout)(const void *x, void *y, size_t n, const uint32_t *keep, unsigned shift, double scale, bool stream);
     void (*stream_end)(void); /* after the last streamed store of a chunk: makes them visible to other threads */
+
+    /* Batch-norm.  All are described where they are defined. */
+    void (*bn_sums)(const struct bn_block *b, double *sum, double *square);
+    void (*bn_shifted_sums)(const struct bn_block *b, const double *shift, double *sum, double *square);
+    void (*bn_masked_sums)(const struct bn_block *b, const double *shift, double *count, double *sum, double *square);
+    void (*bn_gradient_sums)(const struct bn_block *b, const double *shift, double *sum, double *dbias, double *dscale);
+    void (*bn_normalise)(const struct bn_block *b, const struct bn_coefficients *coefficients);
+    void (*bn_differentiate)(const struct bn_block *b, const struct bn_coefficients *coefficients);
 };
 
 #endif

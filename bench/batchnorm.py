@@ -1,0 +1,175 @@
+"""Batch-norm against its peers: what is run, what is compared with what, and whether the results are right."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import onednn
+from timing import cpus
+
+import pyreg
+
+# ResNet-50's layers at 32 images, and those of an MLP.
+SHAPES = {
+    "32,56,56,64 NHWC": ((32, 56, 56, 64), -1),
+    "32,64,56,56 NCHW": ((32, 64, 56, 56), 1),
+    "32,56,56,256 NHWC": ((32, 56, 56, 256), -1),
+    "32,256,56,56 NCHW": ((32, 256, 56, 56), 1),
+    "32,28,28,128 NHWC": ((32, 28, 28, 128), -1),
+    "32,128,28,28 NCHW": ((32, 128, 28, 28), 1),
+    "32,14,14,256 NHWC": ((32, 14, 14, 256), -1),
+    "32,256,14,14 NCHW": ((32, 256, 14, 14), 1),
+    "32,7,7,512 NHWC": ((32, 7, 7, 512), -1),
+    "32,512,7,7 NCHW": ((32, 512, 7, 7), 1),
+    "32,7,7,2048 NHWC": ((32, 7, 7, 2048), -1),
+    "32,2048,7,7 NCHW": ((32, 2048, 7, 7), 1),
+    "8192,512": ((8192, 512), -1),
+    "128,1024": ((128, 1024), -1),
+    "8,16": ((8, 16), -1),  # the cost of a call
+}
+THREADS = tuple(sorted({1, cpus()}))
+
+PARAMS = {"dtype": ("float32", "bfloat16"), "shape": tuple(SHAPES), "threads": THREADS}
+QUICK = {"dtype": ("float32",), "shape": ("32,14,14,256 NHWC", "32,256,14,14 NCHW", "8,16"), "threads": THREADS}
+TABLE_BY = ("dtype",)
+PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax", "onednn-cpu-gomp")
+
+SUBJECTS = ("forward", "inference", "backward")
+# Columns of a table: header, contender, and the contender it is divided by (None: its own time).
+# Peers allocate their result, so they are compared with calls that do too; oneDNN is given its output.
+COLUMNS = (
+    ("out=", "{} out=", None),
+    ("/ copy", "{} out=", "copy"),
+    ("fresh", "{}", None),
+    ("PyTorch /", "PyTorch {}", "{}"),
+    ("Flax /", "Flax {}", "{}"),
+    ("oneDNN /", "oneDNN {}", "{} out="),
+)
+MARKDOWN = {
+    "copy": "copy",
+    "forward, `out=`": "forward out=",
+    "inference, `out=`": "inference out=",
+    "backward, `out=`": "backward out=",
+    "PyTorch forward": "PyTorch forward",
+    "PyTorch backward": "PyTorch backward",
+    "Flax forward": "Flax forward",
+    "oneDNN forward": "oneDNN forward",
+    "oneDNN backward": "oneDNN backward",
+}
+NOTES = (
+    "copy is pyreg's dropout at rate 0 with out=, as many threads. PyTorch sees channels last as its channels_last. Flax "
+    "is nnx.BatchNorm under jax.jit on all CPUs, its backward a vjp without the forward. oneDNN is its C API, if installed."
+)
+
+
+def numpy_dtype(name):
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def skip(dtype):
+    """Why a dtype cannot be measured here, or None."""
+    return "ml_dtypes is not installed" if dtype == "bfloat16" and not find_spec("ml_dtypes") else None
+
+
+def elements(shape, **_):
+    return int(np.prod(SHAPES[shape][0]))
+
+
+def contenders(dtype, shape, threads, peers=("PyTorch", "Flax", "oneDNN")):
+    """The calls to be timed, by name."""
+    shape, axis = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape, np.float32).astype(numpy_dtype(dtype)) for _ in range(2))
+    scale, bias = np.ones(shape[axis], np.float32), np.zeros(shape[axis], np.float32)
+    out = np.zeros_like(x)
+    pyreg.set_num_threads(threads)
+    _, mean, var = pyreg.batch_norm(x, scale, bias, axis=axis, out=out)
+    calls = {"copy": lambda: pyreg.dropout(x, 0.0, out=out)}
+    for suffix, to in ((" out=", {"axis": axis, "out": out}), ("", {"axis": axis})):
+        calls["forward" + suffix] = lambda to=to: pyreg.batch_norm(x, scale, bias, **to)
+        calls["inference" + suffix] = lambda to=to: pyreg.batch_norm_inference(x, mean, var, scale, bias, **to)
+        calls["backward" + suffix] = lambda to=to: pyreg.batch_norm_backward(dy, x, mean, var, scale, **to)
+    if "PyTorch" in peers and find_spec("torch"):
+        calls |= torch_calls(x, dy, axis, threads)
+    if "Flax" in peers and find_spec("flax") and threads == cpus():
+        calls |= flax_calls(x, dy, axis)
+    if "oneDNN" in peers and onednn.find() and threads == cpus() and dtype == "float32":
+        peer = onednn.OneDNN(x, dy, axis)
+        calls |= {f"oneDNN {name}": getattr(peer, name) for name in SUBJECTS}
+    return calls
+
+
+def torch_calls(x, dy, axis, threads):
+    import torch
+
+    torch.set_num_threads(threads)
+    x, dy = (
+        (torch.from_numpy(a) if a.dtype.kind == "f" else torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)).movedim(axis, 1)
+        for a in (x, dy)
+    )
+    channels = x.shape[1]
+    scale, bias, mean, var = torch.ones(channels), torch.zeros(channels), torch.zeros(channels), torch.ones(channels)
+    _, saved_mean, saved_rstd = torch.native_batch_norm(x, scale, bias, None, None, True, 0.1, 1e-5)
+    saved = saved_mean, saved_rstd, True, 1e-5, [True, True, True]
+    return {
+        "PyTorch forward": lambda: torch.native_batch_norm(x, scale, bias, None, None, True, 0.1, 1e-5),
+        "PyTorch inference": lambda: torch.native_batch_norm(x, scale, bias, mean, var, False, 0.1, 1e-5),
+        "PyTorch backward": lambda: torch.ops.aten.native_batch_norm_backward(dy, x, scale, None, None, *saved),
+    }
+
+
+def flax_calls(x, dy, axis):
+    import jax
+    from flax import nnx
+
+    channels = x.shape[axis]
+    x, dy = jax.numpy.asarray(x), jax.numpy.asarray(dy)
+    norm = nnx.BatchNorm(channels, axis=axis, rngs=nnx.Rngs(0), use_running_average=False, dtype=x.dtype)
+    graph, state = nnx.split(norm)
+
+    def forward(state, x):
+        layer = nnx.merge(graph, state)
+        return layer(x), nnx.state(layer)
+
+    def inference(state, x):
+        return nnx.merge(graph, state)(x, use_running_average=True)
+
+    def loss(state, x):
+        return forward(state, x)[0]
+
+    _, back = jax.vjp(loss, state, x)
+    forward, inference, back = jax.jit(forward), jax.jit(inference), jax.jit(back)
+    return {
+        "Flax forward": lambda: jax.block_until_ready(forward(state, x)),
+        "Flax inference": lambda: jax.block_until_ready(inference(state, x)),
+        "Flax backward": lambda: jax.block_until_ready(back(dy)),
+    }
+
+
+# ---- Check -----------------------------------------------------------------------------------------------------------
+
+
+def check(dtype):
+    """Raises if a result is wrong.  Yields what was found right."""
+    tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+    for name in ("32,14,14,256 NHWC", "32,256,14,14 NCHW", "8192,512"):
+        shape, axis = SHAPES[name]
+        rng = np.random.default_rng(1)
+        x, dy = (rng.standard_normal(shape, np.float32).astype(numpy_dtype(dtype)) for _ in range(2))
+        others = tuple(d for d in range(len(shape)) if d != axis % len(shape))
+        wide, dwide = x.astype(np.float64), dy.astype(np.float64)
+        rstd = 1 / np.sqrt(wide.var(others, keepdims=True) + 1e-5)
+        xhat = (wide - wide.mean(others, keepdims=True)) * rstd
+        y, mean, var = pyreg.batch_norm(x, axis=axis)
+        np.testing.assert_allclose(y.astype(np.float64), xhat, rtol=tolerance, atol=5 * tolerance)
+        dx, _, _ = pyreg.batch_norm_backward(dy, x, mean, var, axis=axis)
+        through = dwide.mean(others, keepdims=True) + xhat * (dwide * xhat).mean(others, keepdims=True)
+        np.testing.assert_allclose(dx.astype(np.float64), rstd * (dwide - through), rtol=tolerance, atol=5 * tolerance)
+        if onednn.find() and dtype == "float32":
+            peer = onednn.OneDNN(x, dy, axis)
+            peer.forward()
+            np.testing.assert_allclose(peer.y - 1, xhat, rtol=1e-4, atol=1e-4)  # its shift is 1
+    yield "forward and backward equal the float64 formulas"

@@ -1,0 +1,68 @@
+/* Arrays of any strides, seen as (outer, channels, inner) and walked block by block for the loops of batch-norm. */
+#ifndef PYREG_BLOCKS_H
+#define PYREG_BLOCKS_H
+
+#include "kernels/kernels.h"
+#include "pyreg.h"
+
+/* A dim keeps its length; its strides, in bytes, are per operand. */
+struct view_dim {
+    size_t length;
+    ptrdiff_t stride[BN_OPERANDS];
+};
+
+/* Dims are sorted by the strides of the first operand and merged where they are one dim in all operands.  `inner` is
+ * the innermost dim of stride smaller than the channels'; all other dims but the channels' are counted by `outer`. */
+struct view {
+    size_t outer, channels, inner;
+    bool line;     /* inner is a line: a channel has a column for each of `phases` elements side by side */
+    size_t phases; /* else: a row has a column for each of its elements; short rows go `phases` side by side */
+    size_t size[BN_OPERANDS]; /* bytes of an element; 0: no such operand */
+    bool output[BN_OPERANDS];
+    char *data[BN_OPERANDS];
+    int num_outer;
+    struct view_dim outer_dim[PYREG_MAX_DIMS], channel_dim, inner_dim;
+};
+
+/* An argument: data NULL for none. */
+struct operand {
+    const void *data;
+    const int64_t *strides;
+    size_t size;
+    bool output;
+};
+
+/* operands: BN_OPERANDS of them; the order of dims is that of `first`. */
+void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const struct operand *operands,
+               enum bn_operand first);
+
+/* A part of the view. */
+struct region {
+    size_t outer, outer_end, channel, channel_end, inner, inner_end;
+};
+
+enum { PACK = BN_COLUMNS }; /* elements of a block that has to be packed */
+
+/* for (walk_begin(&w, v, region); walk_next(&w);) work on w.block.  Operands that are not rows of neighbouring elements
+ * are packed first, and outputs unpacked after.  */
+struct walk {
+    const struct view *view;
+    struct region left;
+    size_t inner_begin;
+    struct region now;
+    bool packed[BN_OPERANDS];
+    struct bn_block block;
+    double pack[BN_OPERANDS][PACK];
+};
+void walk_begin(struct walk *w, const struct view *v, struct region region);
+bool walk_next(struct walk *w);
+
+/* Columns that a block of `channels` channels has, and the column of (channel, phase, place); places: view_places(). */
+size_t view_columns(const struct view *v, size_t channels);
+/* How many of `channels` channels a walk can take together: all that are neighbours in a row. */
+size_t view_together(const struct view *v, size_t channels);
+
+/* Address of an element. */
+char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t channel, size_t inner);
+
+#endif

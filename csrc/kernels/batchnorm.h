@@ -1,0 +1,397 @@
+/* Batch-norm's loops for one element type: sums down the columns of a block, and the elementwise sweeps.
+ * Lanes are columns and each column adds its elements in order, so vector width cannot change a bit. */
+#ifndef PYREG_KERNELS_BATCHNORM_H
+#define PYREG_KERNELS_BATCHNORM_H
+
+#include "elem.h"
+#include "kernels.h"
+#include "stream.h"
+#include "vec.h"
+
+#include <math.h>
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+static inline size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
+
+/* ---- Vectors: elements as read, computed (narrow) and summed (wide) ---------------------------------------------- */
+
+typedef acc_t narrow __attribute__((vector_size(LANES64 * sizeof(acc_t))));
+typedef __typeof__((narrow){0} > (narrow){0}) narrow_bits;
+typedef double wide __attribute__((vector_size(VEC_BYTES)));
+
+/* The product of two floats has 48 significant bits: exact in a double, with or without a fused add. */
+enum { EXACT_PRODUCTS = sizeof(acc_t) < sizeof(double) };
+
+static inline narrow load_narrow(const elem_t *x) {
+    narrow v;
+#if defined(PYREG_F32) || defined(PYREG_F64)
+    memcpy(&v, x, sizeof v);
+#elif defined(PYREG_F16) && defined(__AVX512F__)
+    v = (narrow)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#elif defined(PYREG_F16) && defined(__AVX2__)
+    v = (narrow)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)x));
+#elif defined(PYREG_BF16) && defined(__AVX512F__)
+    v = (narrow)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
+#elif defined(PYREG_BF16) && defined(__AVX2__)
+    v = (narrow)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x)), 16);
+#else
+    for (size_t l = 0; l < LANES64; l++) v[l] = load(x[l]);
+#endif
+    return v;
+}
+
+static inline wide widen(narrow v) {
+#if defined(PYREG_F64)
+    return v;
+#elif defined(__AVX512F__)
+    return (wide)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+    return (wide)_mm256_cvtps_pd((__m128)v);
+#else
+    return __builtin_convertvector(v, wide);
+#endif
+}
+
+static inline wide load_wide(const double *p) {
+    wide v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store_wide(double *p, wide v) { memcpy(p, &v, sizeof v); }
+
+/* sum + a * b for exact products. */
+static inline wide add_exact_product(wide sum, wide a, wide b) {
+#if defined(__AVX512F__)
+    return (wide)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(__FMA__)
+    return (wide)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+static inline elem_t *row(const struct bn_block *b, enum bn_operand k, size_t r) {
+    return (elem_t *)b->of[k].at + (ptrdiff_t)r * b->of[k].stride;
+}
+
+/* ---- Sums of the forward pass ------------------------------------------------------------------------------------ */
+
+enum { UNROLL = 4, VECTORS = UNROLL * LANES64 };
+
+/* Wide rows are taken a few at a time: few enough streams for the prefetcher, enough to pay for loading the sums. */
+static inline size_t row_tile(size_t rows, size_t width) { return width <= 2 * VECTORS ? rows : at_most(rows, 16); }
+
+/* x: (rows, vectors * LANES64) at stride; sums and shift: (vectors * LANES64). */
+static ALWAYS_INLINE void add_vectors(const elem_t *x, ptrdiff_t stride, size_t rows, size_t vectors,
+                                      const double *shift, double *sum, double *square) {
+    wide s[UNROLL], q[UNROLL], m[UNROLL];
+    for (size_t v = 0; v < vectors; v++) {
+        s[v] = load_wide(sum + v * LANES64);
+        q[v] = load_wide(square + v * LANES64);
+        m[v] = shift ? load_wide(shift + v * LANES64) : (wide){0};
+    }
+    for (size_t r = 0; r < rows; r++, x += stride)
+        for (size_t v = 0; v < vectors; v++) {
+            wide d = widen(load_narrow(x + v * LANES64));
+            if (shift) d -= m[v];
+            s[v] += d;
+            q[v] = shift ? q[v] + d * d : add_exact_product(q[v], d, d);
+        }
+    for (size_t v = 0; v < vectors; v++) {
+        store_wide(sum + v * LANES64, s[v]);
+        store_wide(square + v * LANES64, q[v]);
+    }
+}
+
+/* x: (rows, width) at stride; sums and shift: (width). */
+static ALWAYS_INLINE void add_rows(const elem_t *x, ptrdiff_t stride, size_t rows, size_t width, const double *shift,
+                                   double *sum, double *square) {
+    for (size_t n; rows; rows -= n, x += (ptrdiff_t)n * stride) {
+        n = row_tile(rows, width);
+        size_t j = 0;
+        for (; j + VECTORS <= width; j += VECTORS)
+            add_vectors(x + j, stride, n, UNROLL, shift ? shift + j : NULL, sum + j, square + j);
+        for (; j + LANES64 <= width; j += LANES64)
+            add_vectors(x + j, stride, n, 1, shift ? shift + j : NULL, sum + j, square + j);
+        for (; j < width; j++)
+            for (size_t r = 0; r < n; r++) {
+                double d = (double)load(x[(ptrdiff_t)r * stride + (ptrdiff_t)j]) - (shift ? shift[j] : 0);
+                sum[j] += d;
+                square[j] += d * d;
+            }
+    }
+}
+
+static ALWAYS_INLINE void add_block(const struct bn_block *b, const double *shift, double *sum, double *square) {
+    const size_t n = b->period, whole = b->length / n;
+    if (b->lines == 1 && b->length == n) {
+        add_rows(row(b, BN_X, 0), b->of[BN_X].stride, b->rows, n, shift, sum, square);
+        return;
+    }
+    for (size_t r = 0; r < b->rows; r++)
+        for (size_t l = 0; l < b->lines; l++) { /* whole periods are rows of one period */
+            const elem_t *x = row(b, BN_X, r) + l * b->length;
+            const double *m = shift ? shift + l * n : NULL;
+            add_rows(x, (ptrdiff_t)n, whole, n, m, sum + l * n, square + l * n);
+            add_rows(x + whole * n, 0, 1, b->length - whole * n, m, sum + l * n, square + l * n);
+        }
+}
+
+/* sum += x, square += x^2 */
+static void bn_sums(const struct bn_block *b, double *sum, double *square) { add_block(b, NULL, sum, square); }
+
+/* sum += x - shift, square += (x - shift)^2 */
+static void bn_shifted_sums(const struct bn_block *b, const double *shift, double *sum, double *square) {
+    add_block(b, shift, sum, square);
+}
+
+/* The same over the elements whose mask is set, and their count. */
+static void bn_masked_sums(const struct bn_block *b, const double *shift, double *count, double *sum, double *square) {
+    for (size_t r = 0; r < b->rows; r++) {
+        const elem_t *x = row(b, BN_X, r);
+        const uint8_t *mask = (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride;
+        for (size_t l = 0; l < b->lines; l++)
+            for (size_t j = 0; j < b->length; j++, x++, mask++) {
+                const size_t k = l * b->period + j % b->period;
+                if (!*mask) continue;
+                const double d = (double)load(*x) - shift[k];
+                count[k] += 1;
+                sum[k] += d;
+                square[k] += d * d;
+            }
+    }
+}
+
+/* ---- Sums of the backward pass ----------------------------------------------------------------------------------- */
+
+/* dy behind the ReLU: 0 where its output y is not above 0.  v is the vector's first element. */
+static ALWAYS_INLINE narrow gated(const elem_t *dy, const elem_t *y) {
+    narrow g = load_narrow(dy);
+    return y ? (narrow)((load_narrow(y) > (narrow){0}) & (narrow_bits)g) : g;
+}
+
+/* x, dy, y: (rows, vectors * LANES64) at their strides; sums and shift: (vectors * LANES64). */
+static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_t j, size_t rows, size_t vectors,
+                                               const double *shift, double *sum, double *dbias, double *dscale) {
+    const elem_t *x = (const elem_t *)of[0].at + j, *dy = (const elem_t *)of[1].at + j, *y = of[2].at;
+    if (y) y += j;
+    wide s[UNROLL], b[UNROLL], g[UNROLL], m[UNROLL];
+    for (size_t v = 0; v < vectors; v++) {
+        s[v] = load_wide(sum + j + v * LANES64);
+        b[v] = load_wide(dbias + j + v * LANES64);
+        g[v] = load_wide(dscale + j + v * LANES64);
+        m[v] = load_wide(shift + j + v * LANES64);
+    }
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t v = 0; v < vectors; v++) {
+            wide xv = widen(load_narrow(x + v * LANES64));
+            wide dyv = widen(gated(dy + v * LANES64, y ? y + v * LANES64 : NULL));
+            if (!EXACT_PRODUCTS) xv -= m[v];
+            s[v] += xv;
+            b[v] += dyv;
+            g[v] = EXACT_PRODUCTS ? add_exact_product(g[v], xv, dyv) : g[v] + xv * dyv;
+        }
+        x += of[0].stride;
+        dy += of[1].stride;
+        if (y) y += of[2].stride;
+    }
+    for (size_t v = 0; v < vectors; v++) {
+        store_wide(sum + j + v * LANES64, s[v]);
+        store_wide(dbias + j + v * LANES64, b[v]);
+        store_wide(dscale + j + v * LANES64, g[v]);
+    }
+}
+
+/* x, dy, y: (rows, width) at their strides; sums and shift: (width). */
+static ALWAYS_INLINE void add_gradient_rows(struct bn_rows of[3], size_t rows, size_t width, const double *shift,
+                                            double *sum, double *dbias, double *dscale) {
+    for (size_t n; rows; rows -= n) {
+        n = row_tile(rows, width);
+        size_t j = 0;
+        for (; j + VECTORS <= width; j += VECTORS) add_gradient_vectors(of, j, n, UNROLL, shift, sum, dbias, dscale);
+        for (; j + LANES64 <= width; j += LANES64) add_gradient_vectors(of, j, n, 1, shift, sum, dbias, dscale);
+        const elem_t *x = of[0].at, *dy = of[1].at, *y = of[2].at;
+        for (; j < width; j++)
+            for (ptrdiff_t r = 0; r < (ptrdiff_t)n; r++) {
+                double d = (double)load(x[r * of[0].stride + (ptrdiff_t)j]) - (EXACT_PRODUCTS ? 0 : shift[j]);
+                double g = (double)load(dy[r * of[1].stride + (ptrdiff_t)j]);
+                if (y && !(load(y[r * of[2].stride + (ptrdiff_t)j]) > 0)) g = 0;
+                sum[j] += d;
+                dbias[j] += g;
+                dscale[j] += d * g;
+            }
+        for (int k = 0; k < 3; k++)
+            if (of[k].at) of[k].at = (elem_t *)of[k].at + (ptrdiff_t)n * of[k].stride;
+    }
+}
+
+static ALWAYS_INLINE void add_gradient_block(const struct bn_block *b, bool relu, const double *shift, double *sum,
+                                             double *dbias, double *dscale) {
+    const size_t n = b->period, whole = b->length / n, rest = b->length - whole * n;
+    if (b->lines == 1 && b->length == n) {
+        struct bn_rows of[3] = {b->of[BN_X], b->of[BN_DY], relu ? b->of[BN_Y] : (struct bn_rows){NULL, 0}};
+        add_gradient_rows(of, b->rows, n, shift, sum, dbias, dscale);
+        return;
+    }
+    for (size_t r = 0; r < b->rows; r++)
+        for (size_t l = 0; l < b->lines; l++) { /* whole periods are rows of one period */
+            const size_t k = l * n, j = l * b->length;
+            elem_t *x = row(b, BN_X, r) + j, *dy = row(b, BN_DY, r) + j, *y = relu ? row(b, BN_Y, r) + j : NULL;
+            struct bn_rows of[3] = {{x, (ptrdiff_t)n}, {dy, (ptrdiff_t)n}, {y, (ptrdiff_t)n}};
+            add_gradient_rows(of, whole, n, shift + k, sum + k, dbias + k, dscale + k);
+            struct bn_rows tail[3] = {{x + whole * n, 0}, {dy + whole * n, 0}, {relu ? y + whole * n : NULL, 0}};
+            add_gradient_rows(tail, 1, rest, shift + k, sum + k, dbias + k, dscale + k);
+        }
+}
+
+/* sum += x, dbias += dy, dscale += dy * x; float64: with x - shift in place of x. */
+static void bn_gradient_sums(const struct bn_block *b, const double *shift, double *sum, double *dbias, double *dscale) {
+    if (b->relu)
+        add_gradient_block(b, true, shift, sum, dbias, dscale);
+    else
+        add_gradient_block(b, false, shift, sum, dbias, dscale);
+}
+
+/* ---- Elementwise sweeps ------------------------------------------------------------------------------------------ */
+
+enum { LINE = 64 / sizeof(elem_t) }; /* elements of a cache line */
+
+/* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so that
+ * a cache line of elements finds its own whatever column it starts in. */
+struct coefficients {
+    acc_t centre[BN_COLUMNS + LINE], gain[BN_COLUMNS + LINE], slope[BN_COLUMNS + LINE], offset[BN_COLUMNS + LINE];
+};
+
+/* n >= 1 */
+static void narrow_to(acc_t *to, const double *from, size_t n) {
+    to[0] = (acc_t)from[0];
+    for (size_t j = 1; j < n; j++) to[j] = (acc_t)from[j];
+    for (size_t j = 0; j < LINE; j++) to[n + j] = to[j];
+}
+
+/* One line.  NULL for what is absent, which is known when a loop is compiled. */
+struct sweep {
+    const elem_t *x, *residual, *dy, *relu_y;
+    const uint8_t *mask;
+    elem_t *out, *dresidual;
+    acc_t floor;
+};
+
+/* Elements j .. j + n - 1 of the line, with coefficients k .. k + n - 1, or k for all. */
+static ALWAYS_INLINE void sweep_run(const struct coefficients *c, const struct sweep *s, size_t j, size_t k, size_t n,
+                                    bool channel_line, elem_t *out, elem_t *dresidual) {
+#pragma GCC unroll 1
+#pragma GCC ivdep
+    for (size_t i = 0; i < n; i++) {
+        const size_t m = channel_line ? k : k + i;
+        const acc_t d = load(s->x[j + i]) - c->centre[m];
+        if (s->dy) {
+            elem_t g = s->dy[j + i];
+            if (s->relu_y) g = load(s->relu_y[j + i]) > 0 ? g : 0;
+            acc_t through_statistics = c->slope[m] * d + c->offset[m];
+            if (s->mask) through_statistics = s->mask[j + i] ? through_statistics : 0;
+            if (dresidual) dresidual[i] = g;
+            out[i] = store(c->gain[m] * load(g) + through_statistics);
+        } else {
+            acc_t y = d * c->gain[m] + c->offset[m];
+            if (s->residual) y += load(s->residual[j + i]);
+            out[i] = store(s->floor > y ? s->floor : y);
+        }
+    }
+}
+
+/* Around the cache: a whole cache line goes through a buffer. */
+static ALWAYS_INLINE void sweep_around(const struct coefficients *c, const struct sweep *s, size_t j, size_t k,
+                                       bool channel_line) {
+    elem_t out[LINE] __attribute__((aligned(64))), dresidual[LINE] __attribute__((aligned(64)));
+    sweep_run(c, s, j, k, LINE, channel_line, out, s->dresidual ? dresidual : NULL);
+    stream_lines(s->out + j, out, sizeof out);
+    if (s->dresidual) memcpy(s->dresidual + j, dresidual, sizeof dresidual);
+}
+
+static ALWAYS_INLINE elem_t *at_or_null(elem_t *p, size_t j) { return p ? p + j : NULL; }
+
+/* n elements; coefficient l for all, or element j's is j % period. */
+static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct sweep *s, size_t n, size_t l,
+                                     size_t period, bool channel_line, bool stream) {
+    size_t j = 0, k = l;
+    if (stream) { /* up to the first whole line of the output */
+        j = at_most((size_t)(-(uintptr_t)s->out % 64) / sizeof(elem_t), n);
+        sweep_run(c, s, 0, k, j, channel_line, s->out, s->dresidual);
+        if (!channel_line) k = j % period;
+    }
+    if (stream || !channel_line)
+        for (; j + LINE <= n; j += LINE) {
+            if (stream)
+                sweep_around(c, s, j, k, channel_line);
+            else
+                sweep_run(c, s, j, k, LINE, false, s->out + j, at_or_null(s->dresidual, j));
+            if (!channel_line)
+                for (k += LINE; k >= period;) k -= period;
+        }
+    sweep_run(c, s, j, k, n - j, channel_line, s->out + j, at_or_null(s->dresidual, j));
+}
+
+static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coefficients *c, bool backward, bool relu,
+                                      bool masked, bool residual, bool channel_lines, bool stream) {
+    for (size_t r = 0; r < b->rows; r++)
+        for (size_t l = 0; l < b->lines; l++) {
+            const size_t j = l * b->length;
+            const struct sweep s = {
+                .x = row(b, BN_X, r) + j,
+                .residual = residual && !backward ? row(b, BN_RESIDUAL, r) + j : NULL,
+                .dy = backward ? row(b, BN_DY, r) + j : NULL,
+                .relu_y = backward && relu ? row(b, BN_Y, r) + j : NULL,
+                .mask = masked ? (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride + j : NULL,
+                .out = row(b, backward ? BN_DX : BN_Y, r) + j,
+                .dresidual = residual && backward ? row(b, BN_DRESIDUAL, r) + j : NULL,
+                .floor = relu ? 0 : -(acc_t)INFINITY,
+            };
+            sweep_line(c, &s, b->length, l, b->period, channel_lines, stream);
+        }
+}
+
+/* One loop for each place of the coefficients and each way to write, each compiled for the operands there are. */
+static ALWAYS_INLINE void sweep(const struct bn_block *b, const struct bn_coefficients *k, bool backward, bool relu,
+                                bool masked, bool residual) {
+    struct coefficients c;
+    const size_t n = b->channel_lines ? b->lines : b->period;
+    narrow_to(c.centre, k->centre, n);
+    narrow_to(c.gain, k->gain, n);
+    narrow_to(c.offset, k->offset, n);
+    narrow_to(c.slope, backward ? k->slope : k->gain, n); /* forward has none */
+    if (b->channel_lines && b->stream)
+        sweep_block(b, &c, backward, relu, masked, residual, true, true);
+    else if (b->channel_lines)
+        sweep_block(b, &c, backward, relu, masked, residual, true, false);
+    else if (b->stream)
+        sweep_block(b, &c, backward, relu, masked, residual, false, true);
+    else
+        sweep_block(b, &c, backward, relu, masked, residual, false, false);
+}
+
+/* y = gain * (x - centre) + offset [+ residual], [0 where below] */
+static void bn_normalise(const struct bn_block *b, const struct bn_coefficients *k) {
+    if (b->of[BN_RESIDUAL].at)
+        sweep(b, k, false, b->relu, false, true);
+    else
+        sweep(b, k, false, b->relu, false, false);
+}
+
+/* dx = gain * g + slope * (x - centre) + offset, dresidual = g, where g = dy, 0 where the ReLU's output y is not above
+ * 0.  Elements outside the mask: dx = gain * g. */
+static void bn_differentiate(const struct bn_block *b, const struct bn_coefficients *k) {
+    const bool masked = b->of[BN_MASK].at, residual = b->of[BN_DRESIDUAL].at;
+    if (!masked && !b->relu && !residual)
+        sweep(b, k, true, false, false, false);
+    else if (!masked && b->relu && !residual)
+        sweep(b, k, true, true, false, false);
+    else if (!masked && b->relu)
+        sweep(b, k, true, true, false, true);
+    else /* rare: which operands there are is found out at each element */
+        sweep(b, k, true, b->relu, masked, residual);
+}
+
+#endif
