@@ -12,6 +12,7 @@ check(), contenders(), elements(), skip().  See dropout.py.
 import argparse
 import importlib
 import itertools
+import math
 from pathlib import Path
 
 from rich import box
@@ -21,7 +22,7 @@ from timing import console, environment, interleave, number_text, show_environme
 
 
 def measure(op, params, rounds, peers):
-    """One record for each combination of the parameters."""
+    """One record for each combination of the parameters.  Each table is printed as soon as it is complete."""
     names = list(params)
     cases = [dict(zip(names, values, strict=True)) for values in itertools.product(*params.values())]
     records = []
@@ -38,6 +39,9 @@ def measure(op, params, rounds, peers):
             times = {name: summary(samples) for name, samples in seconds.items()}
             records.append({**case, "elements": op.elements(**case), "seconds": times, "ratios": ratios})
             progress.advance(task)
+            table = [r for r in records if all(r[name] == case[name] for name in op.TABLE_BY)]
+            if len(table) * math.prod(len(params[name]) for name in op.TABLE_BY) == len(cases):
+                print_table(op, table)
     return records
 
 
@@ -68,24 +72,22 @@ def label(value):
     return value if isinstance(value, str) else f"{value:,}"
 
 
-def print_tables(op, records):
+def print_table(op, records):
     labels = [name for name in op.PARAMS if name not in op.TABLE_BY]
-    for values, group in itertools.groupby(records, lambda r: tuple(r[name] for name in op.TABLE_BY)):
-        group = list(group)
-        # A peer that was not measured gets no column.
-        columns = [c for c in op.COLUMNS if any(cells(r, s, *c[1:]) for r in group for s in op.SUBJECTS)]
-        title = ", ".join(f"{name} {value}" for name, value in zip(op.TABLE_BY, values, strict=True))
-        table = Table(*labels, "", title=f"{op.__name__}: {title}", box=box.SIMPLE_HEAD, pad_edge=False)
-        for header, _, over in columns:
-            for text in [header] if over else [header, "ns/elem"]:
-                table.add_column(text, justify="right")
-        for record in group:
-            for subject in op.SUBJECTS:
-                row = [label(record[name]) for name in labels] + [subject]
-                for column in columns:
-                    row += cells(record, subject, *column[1:]) or ["-"]
-                table.add_row(*row)
-        console.print(table)
+    # A peer that was not measured gets no column.
+    columns = [c for c in op.COLUMNS if any(cells(r, s, *c[1:]) for r in records for s in op.SUBJECTS)]
+    title = ", ".join(f"{name} {records[0][name]}" for name in op.TABLE_BY)
+    table = Table(*labels, "", title=f"{op.__name__}: {title}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for header, _, over in columns:
+        for text in [header] if over else [header, "ns/elem"]:
+            table.add_column(text, justify="right")
+    for record in records:
+        for subject in op.SUBJECTS:
+            row = [label(record[name]) for name in labels] + [subject]
+            for column in columns:
+                row += cells(record, subject, *column[1:]) or ["-"]
+            table.add_row(*row)
+    console.print(table)
 
 
 def print_markdown(op, records, env):
@@ -160,8 +162,9 @@ def main():
     parser.add_argument("--rates", dest="rate", type=float, nargs="+")
     parser.add_argument("--shapes", dest="shape", nargs="+", help='of batchnorm, for example "32,56,56,64 NHWC"')
     parser.add_argument("--threads", type=int, nargs="+")
-    parser.add_argument("--peers", nargs="*", default=["NumPy", "PyTorch", "Flax", "oneDNN"], help="any of NumPy PyTorch Flax oneDNN")
-    parser.add_argument("--rounds", type=int, default=21)
+    peers = ["NumPy", "PyTorch", "Flax", "oneDNN"]
+    parser.add_argument("--peers", nargs="*", default=peers, help=f"any of {' '.join(peers)}")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--markdown", action="store_true", help="also print the README's table")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file and the plot")
     args = parser.parse_args()
@@ -177,7 +180,6 @@ def main():
     show_environment(env)
     check(op, params)
     records = measure(op, params, args.rounds, args.peers)
-    print_tables(op, records)
     console.print(op.NOTES, style="dim")
     write_json(args.out / f"compare-{args.op}.json", environment=env, records=records)
     plot(op, records, args.out / f"compare-{args.op}.png")

@@ -16,7 +16,6 @@ SIZES = (
     10_000,
     65_536,  # x and y in the second-level cache
     1_000_000,  # in the last-level cache
-    4_000_000,
     16_000_000,  # in memory
 )
 THREADS = tuple(sorted({1, cpus()}))

@@ -80,7 +80,7 @@ def main():
     parser.add_argument("op", choices=["dropout"])
     parser.add_argument("--threads", type=int, nargs="+", default=list(range(1, cpus() + 1)))
     parser.add_argument("--sizes", type=lambda text: int(float(text)), nargs="+")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file and the plot")
     args = parser.parse_args()
 

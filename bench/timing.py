@@ -37,7 +37,7 @@ def interleave(contenders, rounds):
     calls = {}
     for name, timer in timers.items():
         timer.timeit(1)  # compiles, starts threads, touches memory
-        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / min(timer.repeat(3, 1))))
+        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / timer.timeit(1)))
     for r in range(rounds):
         for name, timer in timers.items():
             if r == 0 or seconds[name][r - 1] < WARM_BELOW_SECONDS:

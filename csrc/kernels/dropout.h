@@ -21,25 +21,44 @@ static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
     return kept ? y : 0;
 }
 
-#if defined(PYREG_BF16) || (defined(PYREG_F16) && defined(__F16C__))
-/* y[j] = bit j of kept ? v[j] : 0, for a vector of 16-bit elements. */
-static inline void store_kept(elem_t *y, vec16 v, uint32_t kept) {
-#if defined(__AVX512BW__)
-    _mm512_storeu_si512(y, _mm512_maskz_mov_epi16(kept, (__m512i)v));
+/* ---- Vectors of elements, as bits; spelled out because compilers find them in a plain loop on some targets only --- */
+
+#if defined(PYREG_F32)
+typedef uint32_t elem_bits;
+typedef vec32 vec;
+#elif defined(PYREG_F64)
+typedef uint64_t elem_bits;
+typedef vec64 vec;
 #else
-    static const uint16_t powers[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                                        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-    vec16 bit;
+typedef uint16_t elem_bits;
+typedef vec16 vec;
+#endif
+enum { LANES = VEC_BYTES / sizeof(elem_t) };
+
+/* y[j] = bit j of kept ? v[j] : 0. */
+static inline void store_kept(elem_t *y, vec v, uint32_t kept) {
+#if defined(__AVX512BW__)
+    __m512i bits = (__m512i)v;
+    if (LANES == LANES16)
+        bits = _mm512_maskz_mov_epi16(kept, bits);
+    else if (LANES == LANES32)
+        bits = _mm512_maskz_mov_epi32((__mmask16)kept, bits);
+    else
+        bits = _mm512_maskz_mov_epi64((__mmask8)kept, bits);
+    _mm512_storeu_si512(y, bits);
+#else
+    static const elem_bits powers[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    vec bit;
     memcpy(&bit, powers, sizeof bit);
-    v &= (vec16)(((uint16_t)kept & bit) == bit);
+    v &= (vec)(((elem_bits)kept & bit) == bit);
     memcpy(y, &v, sizeof v);
 #endif
 }
-#endif
 
 /* One vector of x * scale, in the element type. */
 #if defined(PYREG_BF16)
-static inline vec16 scaled(const elem_t *x, acc_t scale) {
+static inline vec scaled(const elem_t *x, acc_t scale) {
     /* Two in each 32-bit lane: the upper one is a float once the lower is cleared, the lower once it is shifted up.
      * Rounding is simpler than store()'s.  Adding half rounds ties up, not to even; but no product with 1 / keep ties
      * (a bfloat16 keep has one of 128 significands, and so has x: all 16,384 pairs were tried, and are by the tests).
@@ -52,7 +71,7 @@ static inline vec16 scaled(const elem_t *x, acc_t scale) {
     return (vec16)((a & 0xffff0000u) | b >> 16);
 }
 #elif defined(PYREG_F16) && defined(__AVX512F__)
-static inline vec16 scaled(const elem_t *x, acc_t scale) {
+static inline vec scaled(const elem_t *x, acc_t scale) {
     __m256i half[2];
     for (int h = 0; h < 2; h++) {
         __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x + h));
@@ -61,7 +80,7 @@ static inline vec16 scaled(const elem_t *x, acc_t scale) {
     return (vec16)_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
 }
 #elif defined(PYREG_F16) && defined(__F16C__)
-static inline vec16 scaled(const elem_t *x, acc_t scale) {
+static inline vec scaled(const elem_t *x, acc_t scale) {
     __m128i half[2];
     for (int h = 0; h < 2; h++) {
         __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x + h));
@@ -69,15 +88,24 @@ static inline vec16 scaled(const elem_t *x, acc_t scale) {
     }
     return (vec16)_mm256_set_m128i(half[1], half[0]);
 }
+#elif defined(PYREG_F16)
+static inline vec scaled(const elem_t *x, acc_t scale) {
+    vec v;
+    for (int j = 0; j < LANES; j++) v[j] = store(load(x[j]) * scale);
+    return v;
+}
+#else
+static inline vec scaled(const elem_t *x, acc_t scale) {
+    typedef acc_t vec_acc __attribute__((vector_size(VEC_BYTES)));
+    vec_acc v;
+    memcpy(&v, x, sizeof v);
+    return (vec)(v * scale);
+}
 #endif
 
 /* x, y: 32 elements. */
 static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t scale) {
-#if defined(PYREG_BF16) || (defined(PYREG_F16) && defined(__F16C__))
-    for (int j = 0; j < WORD; j += LANES16) store_kept(y + j, scaled(x + j, scale), kept >> j);
-#else
-    for (uint32_t j = 0; j < WORD; j++) y[j] = dropout_elem(x[j], kept & UINT32_C(1) << j, scale);
-#endif
+    for (int j = 0; j < WORD; j += LANES) store_kept(y + j, scaled(x + j, scale), kept >> j);
 }
 
 static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, unsigned shift, double scale_,
