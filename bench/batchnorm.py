@@ -107,7 +107,9 @@ def torch_calls(x, dy, axis, threads):
 
     torch.set_num_threads(threads)
     x, dy = (
-        (torch.from_numpy(a) if a.dtype.kind == "f" else torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)).movedim(axis, 1)
+        (
+            torch.from_numpy(a) if a.dtype.kind == "f" else torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+        ).movedim(axis, 1)
         for a in (x, dy)
     )
     channels = x.shape[1]

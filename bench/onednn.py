@@ -12,7 +12,18 @@ import numpy as np
 F32, CPU, IN_ORDER = 3, 1, 1
 TRAINING, INFERENCE, BACKWARD = 64, 96, 128
 GLOBAL_STATISTICS, SCALE_AND_SHIFT = 1, 2 | 4
-SRC, DST, MEAN, VARIANCE, SCALE, SHIFT, DIFF_SRC, DIFF_DST, DIFF_SCALE, DIFF_SHIFT = 1, 17, 49, 50, 51, 52, 129, 145, 255, 256
+SRC, DST, MEAN, VARIANCE, SCALE, SHIFT, DIFF_SRC, DIFF_DST, DIFF_SCALE, DIFF_SHIFT = (
+    1,
+    17,
+    49,
+    50,
+    51,
+    52,
+    129,
+    145,
+    255,
+    256,
+)
 
 
 class Argument(ctypes.Structure):
@@ -71,7 +82,13 @@ class OneDNN:
         self.call("primitive_create", ctypes.byref(primitive), description)
         for argument, (kind, array) in zip(arguments, arrays.items(), strict=True):
             memory = ctypes.c_void_p()
-            self.call("memory_create", ctypes.byref(memory), self.describe(array), self.engine, ctypes.c_void_p(array.ctypes.data))
+            self.call(
+                "memory_create",
+                ctypes.byref(memory),
+                self.describe(array),
+                self.engine,
+                ctypes.c_void_p(array.ctypes.data),
+            )
             argument.kind, argument.memory = kind, memory
         self.keep.append((arguments, arrays))
         execute, wait = self.library.dnnl_primitive_execute, self.library.dnnl_stream_wait

@@ -133,7 +133,10 @@ enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, vo
         bool caller = omp_get_thread_num() == 0;
         for (size_t p = 0; p < num_phases; p++) {
             size_t chunks = phases[p].chunks;
-#pragma omp for schedule(dynamic, 1)
+            if (p > 0) {
+#pragma omp barrier
+            }
+#pragma omp for schedule(dynamic, 1) nowait
             for (size_t c = 0; c < chunks; c++) {
                 if (atomic_load_explicit(&stop, memory_order_relaxed)) continue;
                 phases[p].run(work, c);

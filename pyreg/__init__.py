@@ -1,5 +1,6 @@
 """Regularisation kernels for training on CPUs: dropout at the speed of a copy, and the same numbers as Flax."""
 
+from pyreg import _load as _load  # before all that imports _core
 from pyreg._config import show_config as show_config
 from pyreg._ops import batch_norm as batch_norm
 from pyreg._ops import batch_norm_backward as batch_norm_backward

@@ -11,7 +11,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyreg import _core
 
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_inference", "dropout", "dropout_backward", "dropout_mask", "get_num_threads", "num_threads", "set_num_threads"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_inference",
+    "dropout",
+    "dropout_backward",
+    "dropout_mask",
+    "get_num_threads",
+    "num_threads",
+    "set_num_threads",
+]
 
 Array = NDArray[Any]  # of float32, float64, float16 or bfloat16
 Key = int | ArrayLike
@@ -382,7 +392,9 @@ def _check_mask(mask, x, axis):
     mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
     counts = mask.any(axis=tuple(d for d in range(x.ndim) if d != axis))
     if not counts.all():
-        raise ValueError(f"mask is all false in {np.size(counts) - np.count_nonzero(counts)} channels; wanted true somewhere")
+        raise ValueError(
+            f"mask is all false in {np.size(counts) - np.count_nonzero(counts)} channels; wanted true somewhere"
+        )
     return seen
 
 
@@ -410,9 +422,7 @@ def _deliver(y, out):
     return out
 
 
-def batch_norm(
-    x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None, activation=None, residual=None, out=None
-):
+def batch_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None, activation=None, residual=None, out=None):
     """Normalise each channel by its own mean and variance.
 
     ``y = (x - mean) / sqrt(var + epsilon) * scale + bias``, then ``y + residual`` if given, then ``max(y, 0)`` if

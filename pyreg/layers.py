@@ -133,7 +133,6 @@ class Dropout(Layer):
         return f"Dropout({', '.join(f'{name}={getattr(self, name)!r}' for name in settings)})"
 
 
-
 class BatchNorm(Layer):
     """Batch-norm with running statistics: by the batch's own in training, by the running ones in evaluation.
 

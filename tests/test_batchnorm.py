@@ -125,9 +125,7 @@ def test_halves_are_rounded_once(isa, dtype, shape, axis):
     scale, bias = parameters(shape[axis], dtype)
     options = {"axis": axis, "activation": "relu"}
     y, mean, var = pyreg.batch_norm(x, scale, bias, residual=residual, **options)
-    wide_y, wide_mean, wide_var = pyreg.batch_norm(
-        x.astype(F32), scale, bias, residual=residual.astype(F32), **options
-    )
+    wide_y, wide_mean, wide_var = pyreg.batch_norm(x.astype(F32), scale, bias, residual=residual.astype(F32), **options)
     assert same(mean, wide_mean)
     assert same(var, wide_var)
     assert same(y, wide_y.astype(dtype))
@@ -169,7 +167,9 @@ def test_gradients_by_finite_differences(shape, masked):
 def offset_normal(ratio, shape, axis):
     """Standard deviation about 1, |mean| about ratio, signs by channel."""
     signs = np.resize([1.0, -1.0], shape[axis]) * ratio
-    return (np.random.default_rng(3).standard_normal(shape) + reference._by_channel(signs, np.empty(shape), axis)).astype(F32)
+    return (
+        np.random.default_rng(3).standard_normal(shape) + reference._by_channel(signs, np.empty(shape), axis)
+    ).astype(F32)
 
 
 RATIOS = [1, 30, 900, 1100, 1e4, 1e5, 1e6, 1e7]  # a piece is summed a second time from about 1000 on
@@ -177,7 +177,8 @@ RATIOS = [1, 30, 900, 1100, 1e4, 1e5, 1e6, 1e7]  # a piece is summed a second ti
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((60_000, 4), 1), ((2000, 40), 1), ((8, 4, 70, 50), 1), ((2, 3, 200_000), 1), ((500, 30, 3, 3), 1)]
+    ("shape", "axis"),
+    [((60_000, 4), 1), ((2000, 40), 1), ((8, 4, 70, 50), 1), ((2, 3, 200_000), 1), ((500, 30, 3, 3), 1)],
 )
 def test_any_ratio_of_mean_to_deviation(ratio, shape, axis):
     x = offset_normal(ratio, shape, axis)
@@ -301,7 +302,9 @@ def test_golden(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "axis"), [((70, 33), 1), ((70, 5), 1), ((3, 5, 70), 1), ((9, 4, 2, 11), 1), ((4, 3, 1100), 1)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((70, 33), 1), ((70, 5), 1), ((3, 5, 70), 1), ((9, 4, 2, 11), 1), ((4, 3, 1100), 1)]
+)
 def test_layouts(isa, dtype, shape, axis):
     """x in another layout is summed in another order; but its alignment, and the layout of other arrays, change no bit."""
     x, residual, dy = (normal(shape, dtype, seed) for seed in range(3))
@@ -554,7 +557,9 @@ def test_pytorch(dtype, shape, axis):
     x, dy = normal(shape, dtype), normal(shape, dtype, 1)
     scale, bias = parameters(shape[axis], dtype)
     tensors = [torch.tensor(a, requires_grad=True) for a in (x, scale, bias)]
-    y = torch.nn.functional.batch_norm(tensors[0].movedim(axis, 1), None, None, *tensors[1:], training=True).movedim(1, axis)
+    y = torch.nn.functional.batch_norm(tensors[0].movedim(axis, 1), None, None, *tensors[1:], training=True).movedim(
+        1, axis
+    )
     y.backward(torch.tensor(dy))
     got, mean, var = pyreg.batch_norm(x, scale, bias, axis=axis)
     tolerance = 4e-6 if dtype == F32 else 1e-13
@@ -634,7 +639,13 @@ def test_layer_state():
     other = pyreg.BatchNorm(3)
     other.load_state_dict(state)
     assert (other.mean == 5).all()
-    torch_names = {"weight": V + 1, "bias": V + 2, "running_mean": V + 3, "running_var": V + 4, "num_batches_tracked": 9}
+    torch_names = {
+        "weight": V + 1,
+        "bias": V + 2,
+        "running_mean": V + 3,
+        "running_var": V + 4,
+        "num_batches_tracked": 9,
+    }
     other.load_state_dict(torch_names)
     assert [float(getattr(other, name)[0]) for name in ("scale", "bias", "mean", "var")] == [1, 2, 3, 4]
     for bad, message in (

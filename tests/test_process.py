@@ -125,6 +125,26 @@ def test_threadpoolctl(threads):
     assert workers("import threadpoolctl\npyreg.dropout(x)") == len(os.sched_getaffinity(0))
 
 
+def test_idle_threads_sleep():
+    """After a call no thread goes on spinning: CPU time is that of the work, not of the pauses."""
+    code = f"""
+import os, time, numpy as np, pyreg
+assert "OMP_WAIT_POLICY" not in os.environ
+x = np.ones({LARGE}, np.float32)
+pyreg.set_num_threads(2)
+pyreg.dropout(x, out=x)
+spent = 0
+for _ in range(20):
+    pyreg.dropout(x, out=x)
+    before = time.process_time()
+    time.sleep(0.02)
+    spent += time.process_time() - before
+print(spent / 20)
+"""
+    assert float(python(code)) < 1e-3
+    assert float(python(code.replace("assert", "# "), OMP_WAIT_POLICY="ACTIVE")) > 5e-3  # the user's word holds
+
+
 def test_eight_threads_at_once():
     x = np.random.default_rng(0).standard_normal(1_500_000).astype(np.float32)
     want = [pyreg.dropout(x, 0.1, key=k) for k in range(8)]

@@ -21,7 +21,8 @@ static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
     return kept ? y : 0;
 }
 
-/* ---- Vectors of elements, as bits; spelled out because compilers find them in a plain loop on some targets only --- */
+/* ---- Vectors of elements, as bits; spelled out because compilers find them in a plain loop on some targets only ---
+ */
 
 #if defined(PYREG_F32)
 typedef uint32_t elem_bits;
@@ -39,9 +40,9 @@ enum { LANES = VEC_BYTES / sizeof(elem_t) };
 static inline void store_kept(elem_t *y, vec v, uint32_t kept) {
 #if defined(__AVX512BW__)
     __m512i bits = (__m512i)v;
-    if (LANES == LANES16)
+    if (sizeof(elem_t) == 2)
         bits = _mm512_maskz_mov_epi16(kept, bits);
-    else if (LANES == LANES32)
+    else if (sizeof(elem_t) == 4)
         bits = _mm512_maskz_mov_epi32((__mmask16)kept, bits);
     else
         bits = _mm512_maskz_mov_epi64((__mmask8)kept, bits);
