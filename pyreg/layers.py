@@ -81,23 +81,21 @@ class Dropout(Layer):
         self.inverted = inverted
         self.rng = np.random.default_rng(rng)
         self.key: int | None = None
+        self._trained: bool | None = None  # was the last call one in training?
         _ops._check_impl(impl)
 
     def __call__(self, x: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
         """Dropout of ``x`` in training; in evaluation ``x`` itself, or ``x * (1 - rate)`` if not ``inverted``."""
-        if not self.training:
-            self.key = None
-            return self._evaluate(x, out)
-        self.key = _ops.fresh_key(self.rng)
-        return self._drop(x, out, "x")
+        if self.training:
+            self.key = _ops.fresh_key(self.rng)
+        self._trained = self.training
+        return self._drop(x, out, "x") if self.training else self._evaluate(x, out)
 
     def backward(self, dy: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
         """Gradient of the last call with respect to its input."""
-        if not self.training:
-            return self._evaluate(dy, out)
-        if self.key is None:
-            raise RuntimeError("backward() before a call in training mode; wanted layer(x) first")
-        return self._drop(dy, out, "dy")
+        if self._trained is None:
+            raise RuntimeError("backward() before a call; wanted layer(x) first")
+        return self._drop(dy, out, "dy") if self._trained else self._evaluate(dy, out)
 
     def _drop(self, x: ArrayLike, out: _ops.Array | None, name: str) -> _ops.Array:
         return _ops._apply(

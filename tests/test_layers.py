@@ -38,8 +38,17 @@ def test_backward_makes_the_mask_again():
 
 
 def test_backward_needs_a_call():
-    with pytest.raises(RuntimeError, match=r"backward\(\) before a call in training mode"):
+    with pytest.raises(RuntimeError, match=r"backward\(\) before a call; wanted layer\(x\) first"):
         pyreg.Dropout().backward(np.ones(3))
+
+
+def test_backward_is_that_of_the_last_call():
+    x = np.ones(100)
+    layer = pyreg.Dropout(0.5, rng=1)
+    y = layer(x)
+    assert same(layer.eval().backward(x), y)
+    layer(x)
+    assert layer.train().backward(x) is x
 
 
 def test_gradient_by_finite_differences():
