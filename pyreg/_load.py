@@ -6,11 +6,16 @@ took up to 15 times as long as on one thread alone; asleep, as long, and nothing
 OpenMP reads the policy once, when it is loaded, so it is set for that moment, unless the user has set one.
 """
 
-import importlib
+import importlib.util
 import os
 
 _POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
+if importlib.util.find_spec("pyreg._core") is None:
+    raise ImportError(
+        f"{os.path.dirname(__file__)} is pyreg's source, without its compiled core; start Python in another folder, "
+        "or with -P, to import the installed pyreg"
+    )
 if any(name in os.environ for name in _POLICIES):
     importlib.import_module("pyreg._core")
 else:
