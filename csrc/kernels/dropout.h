@@ -91,7 +91,7 @@ static inline vec scaled(const elem_t *x, acc_t scale) {
 }
 #elif defined(PYREG_F16)
 static inline vec scaled(const elem_t *x, acc_t scale) {
-    vec v;
+    vec v = {0};
     for (int j = 0; j < LANES; j++) v[j] = store(load(x[j]) * scale);
     return v;
 }
