@@ -78,10 +78,20 @@ static inline elem_t *row(const struct bn_block *b, enum bn_operand k, size_t r)
 
 /* ---- Sums of the forward pass ------------------------------------------------------------------------------------ */
 
+/* The hardware's prefetcher stops at page ends and at the ends of rows: cache lines are asked for this far ahead. */
+enum { AHEAD = 4096 / sizeof(elem_t), LINE = 64 / sizeof(elem_t) };
+
+static ALWAYS_INLINE void prefetch(const elem_t *p, size_t n) {
+    for (size_t j = 0; j < n; j += LINE) __builtin_prefetch(p + j + AHEAD);
+}
+
 enum { UNROLL = 4, VECTORS = UNROLL * LANES64 };
 
-/* Wide rows are taken a few at a time: few enough streams for the prefetcher, enough to pay for loading the sums. */
-static inline size_t row_tile(size_t rows, size_t width) { return width <= 2 * VECTORS ? rows : at_most(rows, 16); }
+/* Rows of several blocks of columns are taken so many at a time that they stay in L1 from block to block; but so many
+ * that loading the sums does not count. */
+static inline size_t row_tile(size_t rows, size_t width) {
+    return width <= VECTORS ? rows : at_most(rows, width < 256 ? 4096 / width : 16);
+}
 
 /* x: (rows, vectors * LANES64) at stride; sums and shift: (vectors * LANES64). */
 static ALWAYS_INLINE void add_vectors(const elem_t *x, ptrdiff_t stride, size_t rows, size_t vectors,
@@ -92,13 +102,15 @@ static ALWAYS_INLINE void add_vectors(const elem_t *x, ptrdiff_t stride, size_t 
         q[v] = load_wide(square + v * LANES64);
         m[v] = shift ? load_wide(shift + v * LANES64) : (wide){0};
     }
-    for (size_t r = 0; r < rows; r++, x += stride)
+    for (size_t r = 0; r < rows; r++, x += stride) {
+        prefetch(x, vectors * LANES64);
         for (size_t v = 0; v < vectors; v++) {
             wide d = widen(load_narrow(x + v * LANES64));
             if (shift) d -= m[v];
             s[v] += d;
             q[v] = shift ? q[v] + d * d : add_exact_product(q[v], d, d);
         }
+    }
     for (size_t v = 0; v < vectors; v++) {
         store_wide(sum + v * LANES64, s[v]);
         store_wide(square + v * LANES64, q[v]);
@@ -185,6 +197,8 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_
         m[v] = load_wide(shift + j + v * LANES64);
     }
     for (size_t r = 0; r < rows; r++) {
+        prefetch(x, vectors * LANES64);
+        prefetch(dy, vectors * LANES64);
         for (size_t v = 0; v < vectors; v++) {
             wide xv = widen(load_narrow(x + v * LANES64));
             wide dyv = widen(gated(dy + v * LANES64, y ? y + v * LANES64 : NULL));
@@ -256,8 +270,6 @@ static void bn_gradient_sums(const struct bn_block *b, const double *shift, doub
 
 /* ---- Elementwise sweeps ------------------------------------------------------------------------------------------ */
 
-enum { LINE = 64 / sizeof(elem_t) }; /* elements of a cache line */
-
 /* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so that
  * a cache line of elements finds its own whatever column it starts in. */
 struct coefficients {
@@ -324,6 +336,8 @@ static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct 
     }
     if (stream || !channel_line)
         for (; j + LINE <= n; j += LINE) {
+            prefetch(s->x + j, LINE);
+            if (s->dy) prefetch(s->dy + j, LINE);
             if (stream)
                 sweep_around(c, s, j, k, channel_line);
             else
