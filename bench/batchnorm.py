@@ -56,8 +56,9 @@ MARKDOWN = {
     "oneDNN backward": "oneDNN backward",
 }
 NOTES = (
-    "copy is pyreg's dropout at rate 0 with out=, as many threads. PyTorch sees channels last as its channels_last. Flax "
-    "is nnx.BatchNorm under jax.jit on all CPUs, its backward a vjp without the forward. oneDNN is its C API, if installed."
+    "copy is pyreg's dropout at rate 0 with out=, as many threads. PyTorch sees channels last as its channels_last. "
+    "Flax is nnx.BatchNorm under jax.jit on all CPUs, its backward a vjp without the forward. oneDNN is called through "
+    "its C API, if it is installed."
 )
 
 

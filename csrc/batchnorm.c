@@ -13,16 +13,16 @@
 /* A piece: long enough that its few dozen flops a channel do not count, short enough to stay in a core's own cache. */
 enum { PIECE = 32768, ROW_PIECE = 65536, MIN_ROWS = 128 };
 
-/* One sweep's sums lose (mean / std)^2 of the 2^53 that a double tells apart; a piece beyond this (mean / std > 1000) is
- * summed again with its mean subtracted.  float64 has no bits to spare: there a first guess is subtracted at once, and
- * the sum repeated when the guess is 4 std off. */
+/* One sweep's sums lose (mean / std)^2 of the 2^53 that a double tells apart; a piece beyond this (mean / std > 1000)
+ * is summed again with its mean subtracted.  float64 has no bits to spare: there a first guess is subtracted at once,
+ * and the sum repeated when the guess is 4 std off. */
 static const double extreme_f32 = 0x1p20, extreme_f64 = 16;
 
 /* ---- A call ------------------------------------------------------------------------------------------------------ */
 
 /* A view cut into pieces of its elements and tiles of its channels. */
 struct grid {
-    size_t lines, parts;   /* rows of a piece; parts of a row that is longer than a piece */
+    size_t lines, parts; /* rows of a piece; parts of a row that is longer than a piece */
     size_t pieces;
     size_t channels, tiles; /* of a tile; in all */
 };
@@ -38,7 +38,7 @@ struct batchnorm {
     struct view sums, apply; /* what the sums read; what the elementwise sweep reads and writes */
     struct grid sums_grid, apply_grid;
     bool masked, stream;
-    double *partial; /* (pieces, NUM_SUMS, channels) */
+    double *partial;                        /* (pieces, NUM_SUMS, channels) */
     double *centre, *gain, *slope, *offset; /* (channels) */
 };
 
@@ -242,8 +242,7 @@ static void gradient_tile(const struct batchnorm *bn, struct region r, double *c
     const struct view *v = &bn->sums;
     const size_t channels = r.channel_end - r.channel, columns = view_columns(v, channels);
     double origin[BN_COLUMNS], shift[BN_COLUMNS], sums[NUM_SUMS][BN_COLUMNS], ignored[BN_COLUMNS];
-    for (size_t j = 0; j < columns; j++)
-        sums[0][j] = sums[1][j] = sums[2][j] = sums[3][j] = ignored[j] = 0;
+    for (size_t j = 0; j < columns; j++) sums[0][j] = sums[1][j] = sums[2][j] = sums[3][j] = ignored[j] = 0;
     for (size_t c = 0; c < channels; c++) origin[c] = backward_origin(bn, r.channel + c);
     spread(v, channels, origin, shift);
     struct walk w;
@@ -257,8 +256,7 @@ static void gradient_tile(const struct batchnorm *bn, struct region r, double *c
         for (size_t c = 0; c < channels; c++) out[k][c] = sums[k][c];
     }
     if (!bn->masked)
-        for (size_t c = 0; c < channels; c++)
-            out[0][c] = (double)((r.outer_end - r.outer) * (r.inner_end - r.inner));
+        for (size_t c = 0; c < channels; c++) out[0][c] = (double)((r.outer_end - r.outer) * (r.inner_end - r.inner));
 }
 
 static void backward_sum(const struct batchnorm *bn, size_t piece, size_t c, size_t end) {
@@ -436,7 +434,8 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     return status;
 }
 
-static const size_t elem_bytes[PYREG_NUM_DTYPES] = {[PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
+static const size_t elem_bytes[PYREG_NUM_DTYPES] = {
+    [PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
 
 static void fill_nan(const struct batchnorm *bn, void *p) {
     for (int64_t c = 0; c < bn->args->shape[bn->args->axis]; c++) put(bn, p, (size_t)c, NAN);
@@ -477,17 +476,24 @@ enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, 
     return run(&bn, swept, swept, elements, 0.3);
 }
 
-enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, const void *dy, const int64_t *dy_strides,
-                                           const void *x, const int64_t *x_strides, const bool *mask,
-                                           const int64_t *mask_strides, const void *y, const int64_t *y_strides,
-                                           const void *mean, const void *var, const void *dmean, const void *dvar,
-                                           void *dx, const int64_t *dx_strides, void *dresidual,
-                                           const int64_t *dresidual_strides, void *dscale, void *dbias) {
+enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, const void *dy,
+                                           const int64_t *dy_strides, const void *x, const int64_t *x_strides,
+                                           const bool *mask, const int64_t *mask_strides, const void *y,
+                                           const int64_t *y_strides, const void *mean, const void *var,
+                                           const void *dmean, const void *dvar, void *dx, const int64_t *dx_strides,
+                                           void *dresidual, const int64_t *dresidual_strides, void *dscale,
+                                           void *dbias) {
     size_t elements;
     enum pyreg_status status = check(args, &elements);
     if (status) return status;
-    struct batchnorm bn = {.pass = &backward, .args = args, .mean = mean, .var = var, .dmean = dmean, .dvar = dvar,
-                           .dscale_out = dscale, .dbias_out = dbias};
+    struct batchnorm bn = {.pass = &backward,
+                           .args = args,
+                           .mean = mean,
+                           .var = var,
+                           .dmean = dmean,
+                           .dvar = dvar,
+                           .dscale_out = dscale,
+                           .dbias_out = dbias};
     if (elements == 0) { /* sums of nothing */
         for (int64_t c = 0; c < args->shape[args->axis]; c++) {
             put(&bn, dscale, (size_t)c, 0);

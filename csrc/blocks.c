@@ -4,7 +4,8 @@
 
 /* ---- View -------------------------------------------------------------------------------------------------------- */
 
-/* A line this long or longer is taken alone, 32 columns side by side; shorter ones together with the other channels'. */
+/* A line this long or longer is taken alone, 32 columns side by side; shorter ones together with the other channels'.
+ */
 enum { LINE_PHASES = 32, ROW_PHASES = 32, SHORT_ROW = 16 };
 
 /* Inner dims of stride 0 repeat the same elements: they go outermost. */
@@ -102,10 +103,12 @@ static void copy_block(char *packed, char *strided, size_t size, const size_t le
 static void copy_now(struct walk *w, enum bn_operand k, bool pack) {
     const struct view *v = w->view;
     const struct region *now = &w->now;
-    const size_t length[3] = {now->outer_end - now->outer, now->channel_end - now->channel, now->inner_end - now->inner};
+    const size_t length[3] = {now->outer_end - now->outer, now->channel_end - now->channel,
+                              now->inner_end - now->inner};
     const ptrdiff_t stride[3] = {v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] : 0, v->channel_dim.stride[k],
                                  v->inner_dim.stride[k]};
-    copy_block((char *)w->pack[k], view_at(v, k, now->outer, now->channel, now->inner), v->size[k], length, stride, pack);
+    copy_block((char *)w->pack[k], view_at(v, k, now->outer, now->channel, now->inner), v->size[k], length, stride,
+               pack);
 }
 
 void walk_begin(struct walk *w, const struct view *v, struct region region) {
@@ -129,9 +132,7 @@ static bool is_rows(const struct view *v, enum bn_operand k, size_t channels, si
     return v->outer_dim[v->num_outer - 1].stride[k] == (ptrdiff_t)(channels * inner) * size;
 }
 
-size_t view_columns(const struct view *v, size_t channels) {
-    return channels * v->phases * (v->line ? 1 : v->inner);
-}
+size_t view_columns(const struct view *v, size_t channels) { return channels * v->phases * (v->line ? 1 : v->inner); }
 
 size_t view_together(const struct view *v, size_t channels) {
     bool neighbours = true;

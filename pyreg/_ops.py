@@ -27,6 +27,7 @@ Array = NDArray[Any]  # of float32, float64, float16 or bfloat16
 Key = int | ArrayLike
 Dims = int | Sequence[int]
 Impl = Literal["philox", "threefry", "threefry_x64"]
+Activation = Literal["relu"]
 
 _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _core.THREEFRY_X64}
 
@@ -333,20 +334,20 @@ def dropout_mask(
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
 
-def _check_axis(axis, ndim):
+def _check_axis(axis: int, ndim: int) -> int:
     axis = operator.index(axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {axis}; wanted a dim of an array with {ndim} dims")
     return axis + ndim if axis < 0 else axis
 
 
-def _check_epsilon(epsilon):
+def _check_epsilon(epsilon: float) -> float:
     if not 0.0 <= epsilon < np.inf:
         raise ValueError(f"epsilon is {epsilon}; wanted a finite number of 0 or more")
     return epsilon
 
 
-def _check_activation(activation):
+def _check_activation(activation: Activation | None) -> bool:
     if activation is None:
         return False
     if activation != "relu":
@@ -354,7 +355,7 @@ def _check_activation(activation):
     return True
 
 
-def _check_statistic(value, code, channels, name):
+def _check_statistic(value: ArrayLike | None, code: int, channels: int, name: str) -> Any:
     """A parameter or statistic, in the dtype that goes with the data; None stays None."""
     if value is None or _core.is_statistic(value, code, channels):
         return value
@@ -366,7 +367,7 @@ def _check_statistic(value, code, channels, name):
     return np.ascontiguousarray(value, np.float64 if code == _core.F64 else np.float32)
 
 
-def _check_like(value, x, name):
+def _check_like(value: ArrayLike | None, x: Array, name: str) -> Any:
     """An array of the shape and dtype of x, aligned; None stays None."""
     if value is None:
         return None
@@ -378,7 +379,7 @@ def _check_like(value, x, name):
     return value
 
 
-def _check_mask(mask, x, axis):
+def _check_mask(mask: ArrayLike | None, x: Array, axis: int) -> Array | None:
     """The mask, seen in the shape of x; None stays None."""
     if mask is None:
         return None
@@ -398,31 +399,42 @@ def _check_mask(mask, x, axis):
     return seen
 
 
-def _check_elements(x, axis):
+def _check_elements(x: Array, axis: int) -> None:
     if x.size == 0 and x.shape[axis] != 0:
         raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
 
 
-def _prepare_out(out, x, inputs, name="x"):
+def _prepare_out(out: Array | None, x: Array, inputs: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
     """An array to write to, and the inputs, copied where writing would spoil them."""
     if out is None:
         return _core.empty_like(x), inputs
     if not isinstance(out, np.ndarray) or not _core.fits(out, x):
-        _check_out(out, x, name)
+        _check_out(out, x)
         return _core.empty_like(x), inputs  # out is not aligned, or in foreign byte order
     if _core.any_overlap(out, *inputs):
-        inputs = [None if a is None else a if a is out else a.copy() for a in inputs]
+        inputs = tuple(None if a is None else a if a is out else a.copy() for a in inputs)
     return out, inputs
 
 
-def _deliver(y, out):
+def _deliver(y: Array, out: Array | None) -> Array:
     if out is None or y is out:
         return y
     out[...] = y
     return out
 
 
-def batch_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None, activation=None, residual=None, out=None):
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
     """Normalise each channel by its own mean and variance.
 
     ``y = (x - mean) / sqrt(var + epsilon) * scale + bias``, then ``y + residual`` if given, then ``max(y, 0)`` if
@@ -496,8 +508,18 @@ def batch_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None, ac
 
 
 def batch_norm_inference(
-    x, mean, var, scale=None, bias=None, *, axis=-1, epsilon=1e-5, activation=None, residual=None, out=None
-):
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    out: Array | None = None,
+) -> Array:
     """Normalise each channel by a given mean and variance.
 
     Parameters
@@ -538,8 +560,19 @@ def batch_norm_inference(
 
 
 def batch_norm_backward(
-    dy, x, mean, var, scale=None, *, axis=-1, epsilon=1e-5, mask=None, activation=None, y=None, out=None
-):
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    activation: Activation | None = None,
+    y: ArrayLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, ...]:
     """Gradients of :func:`batch_norm` with respect to ``x``, ``scale`` and ``bias``.
 
     Parameters
@@ -589,12 +622,12 @@ def batch_norm_backward(
     mask = _check_mask(mask, x, axis)
     y = _check_like(y, x, "y") if relu else None
     epsilon = _check_epsilon(epsilon)
-    dx, (dy, x, y, mask) = _prepare_out(out, x, (dy, x, y, mask))
     dresidual = _core.empty_like(x) if relu else None
+    dx, (dy, x, y, mask) = _prepare_out(out, x, (dy, x, y, mask))
     dscale, dbias = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm_backward(code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual, dscale, dbias)
-    gradients = _deliver(dx, out), dscale, dbias
-    return (*gradients, dresidual) if relu else gradients
+    dx = _deliver(dx, out)
+    return (dx, dscale, dbias) if dresidual is None else (dx, dscale, dbias, dresidual)
 
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------

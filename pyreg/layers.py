@@ -1,10 +1,11 @@
 """NumPy layers: state, and the functions of ``_ops`` applied to it."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from pyreg import _ops
 
@@ -172,7 +173,15 @@ class BatchNorm(Layer):
     """
 
     def __init__(
-        self, num_features, *, axis=-1, momentum=0.99, epsilon=1e-5, use_scale=True, use_bias=True, dtype=np.float32
+        self,
+        num_features: int,
+        *,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        use_scale: bool = True,
+        use_bias: bool = True,
+        dtype: DTypeLike = np.float32,
     ):
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum is {momentum}; wanted a weight of the old value in [0, 1]")
@@ -180,18 +189,18 @@ class BatchNorm(Layer):
         self.axis = axis
         self.momentum = momentum
         self.epsilon = _ops._check_epsilon(epsilon)
-        self.scale = np.ones(num_features, dtype) if use_scale else None
-        self.bias = np.zeros(num_features, dtype) if use_bias else None
-        self.mean = np.zeros(num_features, dtype)
-        self.var = np.ones(num_features, dtype)
-        self.grads = {}
-        self._saved = None
+        self.scale: _ops.Array | None = np.ones(num_features, dtype) if use_scale else None
+        self.bias: _ops.Array | None = np.zeros(num_features, dtype) if use_bias else None
+        self.mean: _ops.Array = np.zeros(num_features, dtype)
+        self.var: _ops.Array = np.ones(num_features, dtype)
+        self.grads: dict[str, _ops.Array] = {}
+        self._saved: tuple[_ops.Array, ArrayLike | None, _ops.Array, _ops.Array] | None = None
 
-    def __call__(self, x, *, mask=None):
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> _ops.Array:
         """Batch-norm of ``x``; in training the running statistics take a step.  ``mask``: as in `pyreg.batch_norm`."""
         x, _ = _ops._as_input(x)
         self._check_channels(x)
-        options = {"axis": self.axis, "epsilon": self.epsilon}
+        options: Any = {"axis": self.axis, "epsilon": self.epsilon}
         if not self.training:
             self._saved = x, None, self.mean, self.var
             return _ops.batch_norm_inference(x, self.mean, self.var, self.scale, self.bias, **options)
@@ -201,21 +210,21 @@ class BatchNorm(Layer):
         self.var = self._step(self.var, var)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: ArrayLike) -> _ops.Array:
         """Gradient of the last call with respect to its input; sets ``grads``."""
         if self._saved is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
         x, mask, mean, var = self._saved
-        options = {"axis": self.axis, "epsilon": self.epsilon}
+        options: Any = {"axis": self.axis, "epsilon": self.epsilon}
         if self.training:
             dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, self.scale, mask=mask, **options)
         else:  # the statistics are constants
-            dy = _ops._check_like(dy, x, "dy")
+            g: _ops.Array = _ops._check_like(dy, x, "dy")
             zero = np.zeros_like(mean)
-            dx = _ops.batch_norm_inference(dy, zero, var, self.scale, **options)
+            dx = _ops.batch_norm_inference(g, zero, var, self.scale, **options)
             xhat = _ops.batch_norm_inference(x, mean, var, **options).astype(np.float64)
             others = tuple(d for d in range(x.ndim) if d != self.axis % x.ndim)
-            dscale, dbias = (dy * xhat).sum(others), dy.sum(others, dtype=np.float64)
+            dscale, dbias = (g * xhat).sum(others), g.sum(others, dtype=np.float64)
         self.grads = {}
         if self.scale is not None:
             self.grads["scale"] = dscale.astype(self.scale.dtype, copy=False)
@@ -223,19 +232,19 @@ class BatchNorm(Layer):
             self.grads["bias"] = dbias.astype(self.bias.dtype, copy=False)
         return dx
 
-    def _check_channels(self, x):
+    def _check_channels(self, x: _ops.Array) -> None:
         channels = x.shape[_ops._check_axis(self.axis, x.ndim)]
         if channels != self.num_features:
             raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {self.num_features}")
 
-    def _step(self, old, new):
+    def _step(self, old: _ops.Array, new: _ops.Array) -> _ops.Array:
         return (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype, copy=False)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, _ops.Array]:
         """Copies of parameters and running statistics, by Flax's names: scale, bias, mean, var."""
         return {name: getattr(self, name).copy() for name in _STATE if getattr(self, name) is not None}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Take parameters and running statistics, by Flax's names or by PyTorch's.
 
         PyTorch's are weight, bias, running_mean, running_var; num_batches_tracked is ignored.  Nothing changes if
@@ -252,11 +261,11 @@ class BatchNorm(Layer):
         for name, value in new.items():
             setattr(self, name, value)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take the state, not the arrays kept for the backward pass."""
         return {**self.__dict__, "_saved": None}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"BatchNorm({self.num_features}, axis={self.axis}, momentum={self.momentum}, epsilon={self.epsilon})"
 
 

@@ -5,11 +5,10 @@ import hashlib
 import itertools
 import pickle
 
-import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from common import DTYPES, bits, layouts, normal, same
+from common import DTYPES, layouts, normal, same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -306,7 +305,7 @@ def test_golden(isa, dtype):
     ("shape", "axis"), [((70, 33), 1), ((70, 5), 1), ((3, 5, 70), 1), ((9, 4, 2, 11), 1), ((4, 3, 1100), 1)]
 )
 def test_layouts(isa, dtype, shape, axis):
-    """x in another layout is summed in another order; but its alignment, and the layout of other arrays, change no bit."""
+    """Another layout of x is summed in another order; its alignment, and the layout of other arrays, change no bit."""
     x, residual, dy = (normal(shape, dtype, seed) for seed in range(3))
     scale, bias = parameters(shape[axis], dtype)
     options = {"axis": axis, "activation": "relu"}
@@ -689,7 +688,7 @@ def test_layer_copies_and_pickles():
 def test_layer_errors():
     with pytest.raises(ValueError, match="x has 4 channels in dim -1; wanted 3"):
         pyreg.BatchNorm(3)(np.zeros((2, 4), F32))
-    with pytest.raises(ValueError, match="momentum is 1.5"):
+    with pytest.raises(ValueError, match=r"momentum is 1\.5"):
         pyreg.BatchNorm(3, momentum=1.5)
     with pytest.raises(ValueError, match="epsilon is -1"):
         pyreg.BatchNorm(3, epsilon=-1)

@@ -261,7 +261,8 @@ static ALWAYS_INLINE void add_gradient_block(const struct bn_block *b, bool relu
 }
 
 /* sum += x, dbias += dy, dscale += dy * x; float64: with x - shift in place of x. */
-static void bn_gradient_sums(const struct bn_block *b, const double *shift, double *sum, double *dbias, double *dscale) {
+static void bn_gradient_sums(const struct bn_block *b, const double *shift, double *sum, double *dbias,
+                             double *dscale) {
     if (b->relu)
         add_gradient_block(b, true, shift, sum, dbias, dscale);
     else
@@ -270,8 +271,8 @@ static void bn_gradient_sums(const struct bn_block *b, const double *shift, doub
 
 /* ---- Elementwise sweeps ------------------------------------------------------------------------------------------ */
 
-/* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so that
- * a cache line of elements finds its own whatever column it starts in. */
+/* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so
+ * that a cache line of elements finds its own whatever column it starts in. */
 struct coefficients {
     acc_t centre[BN_COLUMNS + LINE], gain[BN_COLUMNS + LINE], slope[BN_COLUMNS + LINE], offset[BN_COLUMNS + LINE];
 };

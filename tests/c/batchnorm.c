@@ -34,7 +34,8 @@ static void *filled(enum pyreg_dtype dtype, size_t n) {
         float f = (float)d;
         uint32_t u;
         memcpy(&u, &f, 4);
-        uint16_t half = dtype == PYREG_BF16 ? (uint16_t)(u >> 16) : (uint16_t)(0x3800 + (u >> 13 & 0x3ff)); /* [0.5, 1) */
+        uint16_t half =
+            dtype == PYREG_BF16 ? (uint16_t)(u >> 16) : (uint16_t)(0x3800 + (u >> 13 & 0x3ff)); /* [0.5, 1) */
         if (dtype == PYREG_F64)
             memcpy(p + 8 * i, &d, 8);
         else if (dtype == PYREG_F32)
@@ -49,10 +50,12 @@ static double value(enum pyreg_dtype dtype, const void *p, size_t i) {
     return dtype == PYREG_F64 ? ((const double *)p)[i] : (double)((const float *)p)[i];
 }
 
-/* x: (n, channels, inner), or channels before n in memory if swapped, with gaps of `gap` elements between inner rows. */
+/* x: (n, channels, inner), or channels before n in memory if swapped, with gaps of `gap` elements between inner rows.
+ */
 static void run(enum pyreg_dtype dtype, int64_t n, int64_t channels, int64_t inner, bool swapped, int64_t gap) {
     const int64_t size = (int64_t)size_of(dtype), row = inner + gap, shape[3] = {n, channels, inner};
-    const int64_t strides[3] = {swapped ? row * size : channels * row * size, swapped ? n * row * size : row * size, size};
+    const int64_t strides[3] = {swapped ? row * size : channels * row * size, swapped ? n * row * size : row * size,
+                                size};
     const size_t total = (size_t)(n * channels * row);
     const enum pyreg_dtype statistic = dtype == PYREG_F64 ? PYREG_F64 : PYREG_F32;
     void *x = filled(dtype, total), *dy = filled(dtype, total), *residual = filled(dtype, total);
@@ -66,13 +69,14 @@ static void run(enum pyreg_dtype dtype, int64_t n, int64_t channels, int64_t inn
 
     for (int option = 0; option < 4; option++) {
         const bool relu = option & 1, masked = option & 2;
-        const struct pyreg_batchnorm args = {dtype, 3, 1, shape, 1e-5, relu, option ? scale : NULL, option ? bias : NULL};
+        const struct pyreg_batchnorm args = {
+            dtype, 3, 1, shape, 1e-5, relu, option ? scale : NULL, option ? bias : NULL};
         enum pyreg_status status = pyreg_batchnorm_forward(&args, x, strides, masked ? mask : NULL, mask_strides,
                                                            relu ? residual : NULL, strides, y, strides, mean, var);
         expect(status == PYREG_OK, "forward", n, channels, inner);
-        status = pyreg_batchnorm_backward(&args, dy, strides, x, strides, masked ? mask : NULL, mask_strides, y, strides,
-                                          mean, var, NULL, NULL, dx, strides, relu ? dresidual : NULL, strides, dscale,
-                                          dbias);
+        status = pyreg_batchnorm_backward(&args, dy, strides, x, strides, masked ? mask : NULL, mask_strides, y,
+                                          strides, mean, var, NULL, NULL, dx, strides, relu ? dresidual : NULL, strides,
+                                          dscale, dbias);
         expect(status == PYREG_OK, "backward", n, channels, inner);
         for (int64_t c = 0; option == 0 && size >= 4 && n * inner > 0 && c < channels; c++) {
             double sum = 0, square = 0;
