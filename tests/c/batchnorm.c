@@ -1,6 +1,8 @@
 /* The C library alone, for sanitizers: every dtype, layout and option on arrays that end where they end.
  *
- *   cc -fsanitize=address,undefined ...   see .ci or CONTRIBUTING; exit status 0 and no report means passed
+ *   cmake -B build/san -DPYREG_SANITIZE=ON && cmake --build build/san && ctest --test-dir build/san
+ *
+ * Exit status 0 and no report: passed; 2: this machine lacks the instruction set.
  *
  * Values are tested in tests/test_batchnorm.py; here only that a plain loop in double agrees for float and double. */
 #include "pyreg.h"
@@ -124,7 +126,7 @@ static void errors(void) {
 }
 
 int main(void) {
-    static const int64_t lengths[] = {0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 49, 63, 65};
+    static const int64_t lengths[] = {0, 1, 7, 16, 17, 31, 32, 49, 65};
     enum { NUM = sizeof lengths / sizeof lengths[0] };
     if (pyreg_init() != PYREG_OK) return 2;
     errors();
