@@ -194,7 +194,7 @@ class BatchNorm(Layer):
         self.mean: _ops.Array = np.zeros(num_features, dtype)
         self.var: _ops.Array = np.ones(num_features, dtype)
         self.grads: dict[str, _ops.Array] = {}
-        self._saved: tuple[_ops.Array, ArrayLike | None, _ops.Array, _ops.Array] | None = None
+        self._saved: tuple[bool, _ops.Array, ArrayLike | None, _ops.Array, _ops.Array] | None = None
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> _ops.Array:
         """Batch-norm of ``x``; in training the running statistics take a step.  ``mask``: as in `pyreg.batch_norm`."""
@@ -202,21 +202,21 @@ class BatchNorm(Layer):
         self._check_channels(x)
         options: Any = {"axis": self.axis, "epsilon": self.epsilon}
         if not self.training:
-            self._saved = x, None, self.mean, self.var
+            self._saved = False, x, None, self.mean, self.var
             return _ops.batch_norm_inference(x, self.mean, self.var, self.scale, self.bias, **options)
         y, mean, var = _ops.batch_norm(x, self.scale, self.bias, mask=mask, **options)
-        self._saved = x, mask, mean, var
+        self._saved = True, x, mask, mean, var
         self.mean = self._step(self.mean, mean)
         self.var = self._step(self.var, var)
         return y
 
     def backward(self, dy: ArrayLike) -> _ops.Array:
-        """Gradient of the last call with respect to its input; sets ``grads``."""
+        """Gradient of the last call, in whatever mode that was, with respect to its input; sets ``grads``."""
         if self._saved is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
-        x, mask, mean, var = self._saved
+        by_batch, x, mask, mean, var = self._saved
         options: Any = {"axis": self.axis, "epsilon": self.epsilon}
-        if self.training:
+        if by_batch:
             dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, self.scale, mask=mask, **options)
         else:  # the statistics are constants
             g: _ops.Array = _ops._check_like(dy, x, "dy")
