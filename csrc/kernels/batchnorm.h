@@ -321,7 +321,11 @@ static ALWAYS_INLINE void sweep_around(const struct coefficients *c, const struc
     elem_t out[LINE] __attribute__((aligned(64))), dresidual[LINE] __attribute__((aligned(64)));
     sweep_run(c, s, j, k, LINE, channel_line, out, s->dresidual ? dresidual : NULL);
     stream_lines(s->out + j, out, sizeof out);
-    if (s->dresidual) memcpy(s->dresidual + j, dresidual, sizeof dresidual);
+    if (!s->dresidual) return;
+    if ((uintptr_t)(s->dresidual + j) % 64 == 0)
+        stream_lines(s->dresidual + j, dresidual, sizeof dresidual);
+    else
+        memcpy(s->dresidual + j, dresidual, sizeof dresidual);
 }
 
 static ALWAYS_INLINE elem_t *at_or_null(elem_t *p, size_t j) { return p ? p + j : NULL; }
