@@ -199,6 +199,7 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_
     for (size_t r = 0; r < rows; r++) {
         prefetch(x, vectors * LANES64);
         prefetch(dy, vectors * LANES64);
+        if (y) prefetch(y, vectors * LANES64);
         for (size_t v = 0; v < vectors; v++) {
             wide xv = widen(load_narrow(x + v * LANES64));
             wide dyv = widen(gated(dy + v * LANES64, y ? y + v * LANES64 : NULL));
@@ -343,6 +344,8 @@ static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct 
         for (; j + LINE <= n; j += LINE) {
             prefetch(s->x + j, LINE);
             if (s->dy) prefetch(s->dy + j, LINE);
+            if (s->relu_y) prefetch(s->relu_y + j, LINE);
+            if (s->residual) prefetch(s->residual + j, LINE);
             if (stream)
                 sweep_around(c, s, j, k, channel_line);
             else
