@@ -50,7 +50,7 @@ def _as_input(x: ArrayLike, name: str = "x") -> tuple[Array, int]:
     return x, code
 
 
-def _check_out(out: object, x: Array, name: str = "x") -> None:
+def _check_out(out: Any, x: Array, name: str = "x") -> None:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
     if out.shape != x.shape or out.dtype.newbyteorder("=") != x.dtype:
@@ -59,6 +59,26 @@ def _check_out(out: object, x: Array, name: str = "x") -> None:
         )
     if not out.flags.writeable:
         raise ValueError("out is read-only; wanted a writable array")
+
+
+def _prepare_out(out: Array | None, x: Any, inputs: tuple[Any, ...], name: str = "x") -> tuple[Array, tuple[Any, ...]]:
+    """An array like x to write to, and the inputs, copied where writing would spoil them."""
+    if out is None:
+        return _core.empty_like(x), inputs
+    if _core.can_write(out, x, inputs):
+        return out, inputs
+    _check_out(out, x, name)
+    if not _core.fits(out, x):  # out is not aligned, or in foreign byte order
+        return _core.empty_like(x), inputs
+    return out, tuple(None if a is None else a if a is out else a.copy() for a in inputs)
+
+
+def _deliver(y: Array, out: Array | None) -> Array:
+    """out if it was given, with y in it."""
+    if out is None or y is out:
+        return y
+    out[...] = y
+    return out
 
 
 def _check_rate(rate: float) -> float:
@@ -155,22 +175,9 @@ def _apply(
             raise TypeError("both key and rng are given; wanted one of them")
         key = _check_key(key)
 
-    y = out
-    if out is None:
-        y = _core.empty_like(x)
-    elif y is not x:
-        if not isinstance(y, np.ndarray) or not _core.fits(y, x):
-            _check_out(y, x, name)
-            y = _core.empty_like(x)  # out is not aligned, or in foreign byte order
-        elif _core.partly_overlap(x, y):
-            x = x.copy()
-    elif not x.flags.writeable:
-        _check_out(y, x, name)
-    _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
-    if out is not None and y is not out:
-        out[...] = y
-        return out
-    return y
+    y, (source,) = _prepare_out(out, x, (x,), name)
+    _core.dropout(code, source, y, generator, key, rate, offset, scaled, strides)
+    return _deliver(y, out)
 
 
 def dropout(
@@ -402,25 +409,6 @@ def _check_mask(mask: ArrayLike | None, x: Array, axis: int) -> Array | None:
 def _check_elements(x: Array, axis: int) -> None:
     if x.size == 0 and x.shape[axis] != 0:
         raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
-
-
-def _prepare_out(out: Array | None, x: Array, inputs: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
-    """An array to write to, and the inputs, copied where writing would spoil them."""
-    if out is None:
-        return _core.empty_like(x), inputs
-    if not isinstance(out, np.ndarray) or not _core.fits(out, x):
-        _check_out(out, x)
-        return _core.empty_like(x), inputs  # out is not aligned, or in foreign byte order
-    if _core.any_overlap(out, *inputs):
-        inputs = tuple(None if a is None else a if a is out else a.copy() for a in inputs)
-    return out, inputs
-
-
-def _deliver(y: Array, out: Array | None) -> Array:
-    if out is None or y is out:
-        return y
-    out[...] = y
-    return out
 
 
 def batch_norm(
