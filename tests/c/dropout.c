@@ -18,12 +18,9 @@ static char *ones(enum pyreg_dtype dtype, size_t n) {
     static const uint16_t f16 = 0x3c00, bf16 = 0x3f80;
     static const float f32 = 1;
     static const double f64 = 1;
-    const void *one = dtype == PYREG_F32   ? (const void *)&f32
-                      : dtype == PYREG_F64 ? (const void *)&f64
-                      : dtype == PYREG_F16 ? &f16
-                                           : &bf16;
+    static const void *const one[] = {[PYREG_F32] = &f32, [PYREG_F64] = &f64, [PYREG_F16] = &f16, [PYREG_BF16] = &bf16};
     char *x = malloc(n * size_of[dtype] + !n);
-    for (size_t i = 0; i < n; i++) memcpy(x + i * size_of[dtype], one, size_of[dtype]);
+    for (size_t i = 0; i < n; i++) memcpy(x + i * size_of[dtype], one[dtype], size_of[dtype]);
     return x;
 }
 
