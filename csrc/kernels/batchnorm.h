@@ -41,6 +41,18 @@ static inline narrow load_narrow(const elem_t *x) {
     return v;
 }
 
+/* The first n elements, 0 < n <= LANES64, and zeros. */
+static inline narrow load_part(const elem_t *x, size_t n) {
+#if defined(PYREG_F32) && defined(__AVX512F__)
+    return (narrow)_mm256_maskz_loadu_ps((__mmask8)(0xff >> (LANES64 - n)), x);
+#else
+    elem_t part[LANES64] = {0};
+    if (n == LANES64) return load_narrow(x);
+    for (size_t l = 0; l < n; l++) part[l] = x[l];
+    return load_narrow(part);
+#endif
+}
+
 static inline wide widen(narrow v) {
 #if defined(PYREG_F64)
     return v;
@@ -136,8 +148,52 @@ static ALWAYS_INLINE void add_rows(const elem_t *x, ptrdiff_t stride, size_t row
     }
 }
 
+/* A line of each of `rows` rows; sums: (period).  The same order as add_rows, but the sums are loaded once, and what
+ * the line lacks to a whole vector is filled up with zeros, which change no sum. */
+static ALWAYS_INLINE void add_short_lines(const elem_t *x, ptrdiff_t stride, size_t rows, size_t length, size_t period,
+                                          double *sum, double *square) {
+    for (size_t j = 0; j < at_most(period, length); j += VECTORS) {
+        wide s[UNROLL], q[UNROLL];
+        for (size_t v = 0; v < UNROLL; v++) {
+            s[v] = load_wide(sum + j + v * LANES64);
+            q[v] = load_wide(square + j + v * LANES64);
+        }
+        for (size_t r = 0; r < rows; r++) {
+            const elem_t *at = x + (ptrdiff_t)r * stride + j;
+            size_t left = length - j;
+            prefetch(at, left);
+            for (; left >= VECTORS; at += period, left = left > period ? left - period : 0)
+                for (size_t v = 0; v < UNROLL; v++) {
+                    wide d = widen(load_narrow(at + v * LANES64));
+                    s[v] += d;
+                    q[v] = add_exact_product(q[v], d, d);
+                }
+            for (size_t v = 0; v < UNROLL; v++)
+                if (left > v * LANES64) {
+                    wide d = widen(load_part(at + v * LANES64, at_most(left - v * LANES64, LANES64)));
+                    s[v] += d;
+                    q[v] = add_exact_product(q[v], d, d);
+                }
+        }
+        for (size_t v = 0; v < UNROLL; v++) {
+            store_wide(sum + j + v * LANES64, s[v]);
+            store_wide(square + j + v * LANES64, q[v]);
+        }
+    }
+}
+
+/* Lines of a few periods are taken in so many rows at once. */
+enum { SHORT_LINE = 8, ROWS_TOGETHER = 4 };
+
 static ALWAYS_INLINE void add_block(const struct bn_block *b, const double *shift, double *sum, double *square) {
     const size_t n = b->period, whole = b->length / n;
+    if (b->channel_lines && !shift && n % VECTORS == 0 && whole < SHORT_LINE) {
+        for (size_t r = 0; r < b->rows; r += ROWS_TOGETHER)
+            for (size_t l = 0; l < b->lines; l++)
+                add_short_lines(row(b, BN_X, r) + l * b->length, b->of[BN_X].stride,
+                                at_most(ROWS_TOGETHER, b->rows - r), b->length, n, sum + l * n, square + l * n);
+        return;
+    }
     if (b->lines == 1 && b->length == n) {
         add_rows(row(b, BN_X, 0), b->of[BN_X].stride, b->rows, n, shift, sum, square);
         return;
