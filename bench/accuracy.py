@@ -1,6 +1,6 @@
 """How right batch statistics are when the mean is far from zero: pyreg, PyTorch and Flax beside each other.
 
-    python bench/accuracy.py [--elements 4194304] [--channels 4] [--threads 1]
+    python bench/accuracy.py [--elements 4194304] [--channels 4] [--threads 1] [--markdown]
 
 Data are normal with standard deviation 1 and the mean in the first column.  For each contender: the relative error of
 the variance, and the error of y in units in the last place of the largest element, both the worst of the channels and
@@ -19,6 +19,7 @@ from timing import console, environment, show_environment, write_json
 import pyreg
 
 MEANS = (0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7)
+PACKAGES = ("numpy", "torch", "jax", "flax")
 LAYOUTS = {"channels last": (-1, lambda n, c: (n, c)), "channels first": (1, lambda n, c: (16, c, n // 16))}
 
 
@@ -82,15 +83,32 @@ def measure(mean, axis, shape, calls):
     return errors
 
 
+def text(error):
+    return f"{error['var']:.1e}", f"{error['ulp']:.3g}"
+
+
+def print_markdown(records, args, env):
+    """The README's table: both layouts, every second mean."""
+    rows = [r for r in records if r["mean"] in MEANS[::2]]
+    versions = ", ".join(f"{name} {env[name]}" for name in PACKAGES if env[name] != "not installed")
+    print(f"\nfloat32, {args.elements:,} elements a channel; {versions}.\n")
+    print("| | mean / std |", " | ".join(rows[0]["errors"]), "|")
+    print("|---|---:|" + "---:|" * len(rows[0]["errors"]))
+    for row in rows:
+        errors = " | ".join(f"{var}; {ulp}" for var, ulp in map(text, row["errors"].values()))
+        print(f"| {row['layout']} | {row['mean']:g} | {errors} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=1 << 22, help="of each channel; a multiple of 16")
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--markdown", action="store_true", help="also print the README's table")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file")
     args = parser.parse_args()
 
-    env = environment(("numpy", "torch", "jax", "flax"))
+    env = environment(PACKAGES)
     show_environment(env)
     records = []
     for layout, (axis, shape) in LAYOUTS.items():
@@ -99,10 +117,12 @@ def main():
         table = Table("mean / std", *calls, title=title, box=box.SIMPLE_HEAD)
         for mean in MEANS:
             errors = measure(mean, axis, shape(args.elements, args.channels), calls)
-            table.add_row(f"{mean:g}", *(f"{e['var']:.1e}  {e['ulp']:.3g}" for e in errors.values()))
+            table.add_row(f"{mean:g}", *("  ".join(text(e)) for e in errors.values()))
             records.append({"layout": layout, "mean": mean, "errors": errors})
         console.print(table)
     write_json(args.out / "accuracy.json", environment=env, elements=args.elements, records=records)
+    if args.markdown:
+        print_markdown(records, args, env)
 
 
 if __name__ == "__main__":

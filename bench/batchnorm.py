@@ -34,6 +34,10 @@ TABLE_BY = ("dtype",)
 PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax", "onednn-cpu-gomp")
 
 SUBJECTS = ("forward", "inference", "backward")
+# For scaling.py and contention.py: see dropout.py.
+SWEEP, FIXED = "shape", {"dtype": "float32"}
+SWEPT, COPY = ("copy", "forward out=", "inference out=", "backward out="), "copy"
+CONTENTION = ("32,14,14,256 NHWC", "32,256,14,14 NCHW", "32,56,56,64 NHWC", "32,64,56,56 NCHW")
 # Columns of a table: header, contender, and the contender it is divided by (None: its own time).
 # Peers allocate their result, so they are compared with calls that do too; oneDNN is given its output.
 COLUMNS = (

@@ -6,7 +6,8 @@ The result is checked first.  Then contenders take turns (A B C, A B C, ...), an
 the tables give its median, and in brackets its minimum.  All figures go to a JSON file and a plot.
 
 An op is a module beside this file: PARAMS, QUICK, TABLE_BY, SUBJECTS, COLUMNS, MARKDOWN, NOTES, PACKAGES as data, and
-check(), contenders(), elements(), skip().  See dropout.py.
+check(), contenders(), elements(), skip().  For the other benchmarks: SWEEP, FIXED, SWEPT, COPY, CONTENTION.  See
+dropout.py.
 """
 
 import argparse
@@ -18,7 +19,18 @@ from pathlib import Path
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
-from timing import console, environment, interleave, number_text, show_environment, summary, time_text, write_json
+from timing import (
+    console,
+    environment,
+    integer,
+    interleave,
+    label,
+    number_text,
+    show_environment,
+    summary,
+    time_text,
+    write_json,
+)
 
 
 def measure(op, params, rounds, peers):
@@ -66,10 +78,6 @@ def cells(record, subject, name, over):
         return [time_text(seconds), f"{seconds / record['elements'] * 1e9:.3f}"]
     ratio = record["ratios"].get(f"{name} / {over.format(subject)}")
     return [f"{number_text(ratio['median'])} ({number_text(ratio['min'])})"] if ratio else None
-
-
-def label(value):
-    return value if isinstance(value, str) else f"{value:,}"
 
 
 def print_table(op, records):
@@ -147,10 +155,6 @@ def plot(op, records, path):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-
-
-def integer(text):
-    return int(float(text))  # 1.6e7 is easier to read
 
 
 def main():

@@ -1,6 +1,7 @@
 """What one busy process on the machine costs an op: its time with the neighbour, over its time at one thread without.
 
     python bench/contention.py dropout [--threads 1 2] [--sizes 1e6 1.6e7]
+    python bench/contention.py batchnorm [--threads 1 2] [--shapes "32,56,56,64 NHWC"]
 
 A parallel region ends when its slowest thread does, and a thread that shares its CPU may wait for a whole time slice.
 So the tail counts, too: the median, the 90th percentile and the longest of many calls.  Nothing is pinned.
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from rich import box
 from rich.table import Table
-from timing import busy_cpus, console, cpus, environment, show_environment, time_text, write_json
+from timing import busy_cpus, console, cpus, environment, integer, label, show_environment, time_text, write_json
 
 import pyreg
 
@@ -58,9 +59,10 @@ def times_of(call, seconds):
     return times
 
 
-def measure(op, subject, size, threads, seconds, turns):
+def measure(op, subject, value, threads, seconds, turns):
     """Times at each number of threads, idle and with the neighbour, in turns."""
-    call = op.contenders("float32", 0.1, size, 1, peers=())[f"{subject} out="]
+    case = {**op.FIXED, op.SWEEP: value}
+    call = op.contenders(**case, threads=1, peers=())[subject]
     times = {(n, busy): [] for busy in (False, True) for n in threads}
     others = []
     with neighbour() as process:
@@ -84,18 +86,19 @@ def measure(op, subject, size, threads, seconds, turns):
         }
         for (n, busy), kept in times.items()
     ]
-    return {"subject": subject, "size": size, "busy CPUs before": max(others), "rows": rows}
+    return {"subject": subject, **case, "busy CPUs before": max(others), "rows": rows}
 
 
-def print_table(records):
-    table = Table("subject", "size", "threads", "neighbour", title="float32, rate 0.1, out=", box=box.SIMPLE_HEAD)
+def print_table(op, records):
+    title = ", ".join(f"{name} {value}" for name, value in op.FIXED.items())
+    table = Table("", op.SWEEP, "threads", "neighbour", title=f"{op.__name__}: {title}", box=box.SIMPLE_HEAD)
     for header in ("calls", "median", "p90", "longest", "median / idle at 1 thread", "p90 / the same"):
         table.add_column(header, justify="right")
     for record in records:
         for row in record["rows"]:
             table.add_row(
                 record["subject"],
-                f"{record['size']:,}",
+                label(record[op.SWEEP]),
                 str(row["threads"]),
                 "busy" if row["neighbour"] else "-",
                 str(row["calls"]),
@@ -109,9 +112,10 @@ def print_table(records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=["dropout"])
+    parser.add_argument("op", choices=["batchnorm", "dropout"])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cpus()}), help="1 must be among them")
-    parser.add_argument("--sizes", type=lambda text: int(float(text)), nargs="+", default=[1_000_000, 16_000_000])
+    parser.add_argument("--sizes", dest="size", type=integer, nargs="+")
+    parser.add_argument("--shapes", dest="shape", nargs="+")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3, help="of each measurement")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file")
@@ -120,9 +124,9 @@ def main():
     op = importlib.import_module(args.op)
     env = environment()
     show_environment(env)
-    cases = [(subject, size) for subject in op.SUBJECTS for size in args.sizes]
-    records = [measure(op, subject, size, args.threads, args.seconds, args.turns) for subject, size in cases]
-    print_table(records)
+    cases = [(subject, value) for subject in op.SWEPT for value in getattr(args, op.SWEEP) or op.CONTENTION]
+    records = [measure(op, subject, value, args.threads, args.seconds, args.turns) for subject, value in cases]
+    print_table(op, records)
     write_json(args.out / f"contention-{args.op}.json", environment=env, records=records)
 
 

@@ -26,6 +26,10 @@ TABLE_BY = ("dtype", "rate")  # a table for each of these; the other parameters 
 PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax")
 
 SUBJECTS = ("philox", "threefry")
+# For scaling.py and contention.py: the parameter that they sweep, the others, the contenders, and a copy by one thread.
+SWEEP, FIXED = "size", {"dtype": "float32", "rate": 0.1}
+SWEPT, COPY = ("philox out=", "threefry out="), "copyto"
+CONTENTION = (1_000_000, 16_000_000)
 # Columns of a table: header, contender, and the contender it is divided by (None: its own time).
 # The layer of a framework allocates its result, so it is compared with a call that does too.
 COLUMNS = (

@@ -122,6 +122,14 @@ def number_text(value):
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def integer(text):
+    return int(float(text))  # 1.6e7 is easier to read
+
+
+def label(value):
+    return value if isinstance(value, str) else f"{value:,}"
+
+
 def write_json(path, **content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

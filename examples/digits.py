@@ -1,16 +1,19 @@
-"""A network of two hidden layers learns handwritten digits from partly wrong labels, with and without dropout.
+"""A network of two hidden layers learns handwritten digits from partly wrong labels: plain, with dropout, with
+batch-norm, and with both.
 
-    python examples/digits.py [--seeds 5] [--epochs 40] [--rate 0.5] [--out results]
+    python examples/digits.py [--seeds 4] [--epochs 40] [--rate 0.5] [--out results]
 
 The data are scikit-learn's 1,797 images of 8 x 8 pixels.  There are 1,000 for training, and 40 % of their labels are
 replaced by random ones; the rest, labelled correctly, are for testing.  A network that is trained long enough learns
-the wrong labels by heart.  Dropout makes that hard.
+the wrong labels by heart.  Dropout makes that hard.  With batch-norm the network learns faster: the digits in the first
+epochs, and then the wrong labels.  Both together learn faster than dropout alone, and as well.
 """
 
 import argparse
 import os
 import statistics
 import time
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +38,8 @@ console = Console(highlight=False)
 
 
 # ---- The network -----------------------------------------------------------------------------------------------------
-# A layer is called forwards, and backward(dy) turns the gradient of its output into that of its input.
+# A layer is called forwards, and backward(dy) turns the gradient of its output into that of its input.  If it has
+# parameters, backward also sets grads, by their names.
 
 
 class Linear:
@@ -48,7 +52,7 @@ class Linear:
         return x @ self.weight + self.bias
 
     def backward(self, dy: np.ndarray) -> np.ndarray:
-        self.grads = [self.x.T @ dy, dy.sum(axis=0)]
+        self.grads = {"weight": self.x.T @ dy, "bias": dy.sum(axis=0)}
         return dy @ self.weight.T
 
 
@@ -81,26 +85,23 @@ class Network:
 
 
 class Adam:
-    """Kingma and Ba, "Adam: a method for stochastic optimization", 2015."""
+    """Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 1."""
 
     def __init__(self, network: Network, learning_rate: float, beta1: float = 0.9, beta2: float = 0.999):
-        self.layers = [layer for layer in network.layers if isinstance(layer, Linear)]
+        self.network = network
         self.learning_rate, self.beta1, self.beta2 = learning_rate, beta1, beta2
-        self.mean = [np.zeros_like(p) for p in self.parameters()]
-        self.square = [np.zeros_like(p) for p in self.parameters()]
+        self.mean, self.square = defaultdict(float), defaultdict(float)  # of each parameter's gradient; 0 at first
         self.steps = 0
-
-    def parameters(self) -> list[np.ndarray]:
-        return [p for layer in self.layers for p in (layer.weight, layer.bias)]
 
     def step(self) -> None:
         self.steps += 1
-        rate = self.learning_rate * np.sqrt(1 - self.beta2**self.steps) / (1 - self.beta1**self.steps)
-        grads = [g for layer in self.layers for g in layer.grads]
-        for p, g, m, v in zip(self.parameters(), grads, self.mean, self.square, strict=True):
-            m += (1 - self.beta1) * (g - m)
-            v += (1 - self.beta2) * (g * g - v)
-            p -= np.float32(rate) * m / (np.sqrt(v) + 1e-8)
+        for layer in self.network.layers:
+            for name, g in getattr(layer, "grads", {}).items():  # Linear and BatchNorm have parameters
+                m = self.mean[layer, name] = self.beta1 * self.mean[layer, name] + (1 - self.beta1) * g
+                v = self.square[layer, name] = self.beta2 * self.square[layer, name] + (1 - self.beta2) * (g * g)
+                m, v = m / (1 - self.beta1**self.steps), v / (1 - self.beta2**self.steps)
+                parameter = getattr(layer, name)
+                parameter -= self.learning_rate * m / (np.sqrt(v) + 1e-8)
 
 
 def cross_entropy_gradient(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -111,12 +112,15 @@ def cross_entropy_gradient(logits: np.ndarray, labels: np.ndarray) -> np.ndarray
     return p / np.float32(len(labels))
 
 
-def make_network(rate: float, seed: int) -> Network:
-    """64 pixels, two hidden layers with dropout after each, 10 classes.  The seed alone decides the first weights."""
+def make_network(rate: float, batch_norm: bool, seed: int) -> Network:
+    """64 pixels, two hidden layers, 10 classes.  The seed alone decides the first weights."""
     rng = np.random.default_rng(seed)
     layers: list = []
     for i, inputs in enumerate((64, WIDTH)):
-        layers += [Linear(inputs, WIDTH, rng), ReLU()]
+        layers.append(Linear(inputs, WIDTH, rng))
+        if batch_norm:
+            layers.append(pyreg.BatchNorm(WIDTH, momentum=0.9))
+        layers.append(ReLU())
         if rate:
             layers.append(pyreg.Dropout(rate, rng=np.random.default_rng([seed, i])))
     return Network([*layers, Linear(WIDTH, 10, rng)])
@@ -141,10 +145,9 @@ def accuracy(network: Network, x: np.ndarray, y: np.ndarray) -> float:
     return float((network(x).argmax(axis=1) == y).mean())
 
 
-def train(rate: float, seed: int, epochs: int, after_epoch) -> list[tuple[float, float]]:
+def train(network: Network, seed: int, epochs: int, after_epoch=lambda: None) -> list[tuple[float, float]]:
     """Accuracy on the training labels, wrong ones included, and on the test labels, after each epoch."""
     x, y, x_test, y_test = load_data(seed)
-    network = make_network(rate, seed)
     optimiser = Adam(network, LEARNING_RATE)
     rng = np.random.default_rng(seed)  # the order of the batches
     curve = []
@@ -190,7 +193,7 @@ def print_cost(rate: float) -> None:
     """Time of dropout in a training step of the network above, and the memory it needs until the backward pass."""
     x, y, _, _ = load_data(0)
     x, y = x[:BATCH], y[:BATCH]
-    network = make_network(0, 0)
+    network = make_network(rate=0, batch_norm=False, seed=0)
     optimiser = Adam(network, LEARNING_RATE)
     hidden = network.layers[1](network.layers[0](x))
 
@@ -264,30 +267,39 @@ def plot(curves: dict[str, np.ndarray], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--rate", type=float, default=0.5, help="probability of dropping")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the picture")
     args = parser.parse_args()
 
-    rates = {"without dropout": 0.0, f"with dropout {args.rate}": args.rate}
+    networks = {  # name: rate, batch_norm
+        "plain": (0.0, False),
+        f"dropout {args.rate}": (args.rate, False),
+        "batch-norm": (0.0, True),
+        "batch-norm and dropout": (args.rate, True),
+    }
     with Progress(console=console) as progress:
-        task = progress.add_task("training", total=len(rates) * args.seeds * args.epochs)
-        curves = {
-            name: np.array([train(rate, s, args.epochs, lambda: progress.advance(task)) for s in range(args.seeds)])
-            for name, rate in rates.items()
-        }  # (seeds, epochs, [training, test])
+        task = progress.add_task("training", total=len(networks) * args.seeds * args.epochs)
+        curves = {}  # name: (seeds, epochs, [training, test])
+        for name, (rate, batch_norm) in networks.items():
+            curves[name] = np.array(
+                [
+                    train(make_network(rate, batch_norm, seed), seed, args.epochs, lambda: progress.advance(task))
+                    for seed in range(args.seeds)
+                ]
+            )
 
-    table = Table(title=f"Test accuracy after {args.epochs} epochs, {args.seeds} seeds")
-    for header in ("", "mean", "std", "lowest", "highest", "mean at best epoch"):
+    table = Table(title=f"Test accuracy, mean of {args.seeds} seeds")
+    for header in ("", "epoch 1", "best epoch", f"epoch {args.epochs}", "std", "lowest", "highest"):
         table.add_column(header, justify="right" if header else "left")
     for name, curve in curves.items():
-        test, last = curve[..., 1], curve[:, -1, 1]
-        figures = (last.mean(), last.std(), last.min(), last.max(), test.mean(axis=0).max())
+        mean, last = curve[..., 1].mean(axis=0), curve[:, -1, 1]
+        figures = (mean[0], mean.max(), mean[-1], last.std(), last.min(), last.max())
         table.add_row(name, *(f"{a:.1%}" for a in figures))
     console.print(table)
     console.print(f"{TRAIN_IMAGES:,} training images, {WRONG_LABELS:.0%} of their labels wrong; test labels are right.")
-    console.print("With and without dropout: the same first weights, the same batches.")
+    console.print("All networks: the same first weights, the same batches.")
     path = args.out / "digits.png"
     plot(curves, path)
     console.print(f"Learning curves: {path}\n")

@@ -663,9 +663,10 @@ def test_layer_against_pytorch():
     for seed in range(10):
         x = normal((8, 6, 5, 5), F32, seed) * 2 + 1
         close(ours(x), theirs(torch.tensor(x)).detach().numpy(), 4e-6)
-    theirs.running_var.sub_(1).mul_(199 / 200).add_(1)  # theirs is unbiased: n = 200; from 1 on both decay alike
-    theirs.running_var.add_((1 - 0.9**10) * (199 / 200 - 1) + (1 - 199 / 200) * (1 - 0.9**10))
+    n, rest = 8 * 5 * 5, 0.9**10  # rest: what is left of the first variance, 1
+    biased = rest + (theirs.running_var.numpy() - rest) * (n - 1) / n  # each batch's variance is unbiased in PyTorch
     np.testing.assert_allclose(ours.mean, theirs.running_mean.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours.var, biased, rtol=1e-6)
     loaded = pyreg.BatchNorm(6, axis=1)
     loaded.load_state_dict({name: value.numpy() for name, value in torch.nn.BatchNorm2d(6).state_dict().items()})
     x = normal((8, 6, 5, 5), F32)
