@@ -404,16 +404,15 @@ def _check_elements(x: Array, axis: int) -> None:
         raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
 
 
-def _prepare_out(out: Array | None, x: Array, inputs: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
-    """An array to write to, and the inputs, copied where writing would spoil them."""
+def _prepare_out(out: Array | None, x: Array, *inputs: Any) -> Array:
+    """Where to write: out, or another array for :func:`_deliver` to copy from."""
     if out is None:
-        return _core.empty_like(x), inputs
+        return _core.empty_like(x)
     if not isinstance(out, np.ndarray) or not _core.fits(out, x):
         _check_out(out, x)
-        return _core.empty_like(x), inputs  # out is not aligned, or in foreign byte order
-    if _core.any_overlap(out, *inputs):
-        inputs = tuple(None if a is None else a if a is out else a.copy() for a in inputs)
-    return out, inputs
+        return _core.empty_like(x)  # out is not aligned, or in foreign byte order
+    # An input that writing would spoil is not copied instead: its strides decide the order of the sums.
+    return _core.empty_like(x) if _core.any_overlap(out, x, *inputs) else out
 
 
 def _deliver(y: Array, out: Array | None) -> Array:
@@ -501,7 +500,7 @@ def batch_norm(
     mask = _check_mask(mask, x, axis)
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y, (x, residual, mask) = _prepare_out(out, x, (x, residual, mask))
+    y = _prepare_out(out, x, residual, mask)
     mean, var = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y, mean, var)
     return _deliver(y, out), mean, var
@@ -554,7 +553,7 @@ def batch_norm_inference(
     bias = _check_statistic(bias, code, channels, "bias")
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y, (x, residual) = _prepare_out(out, x, (x, residual))
+    y = _prepare_out(out, x, residual)
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
     return _deliver(y, out)
 
@@ -623,7 +622,7 @@ def batch_norm_backward(
     y = _check_like(y, x, "y") if relu else None
     epsilon = _check_epsilon(epsilon)
     dresidual = _core.empty_like(x) if relu else None
-    dx, (dy, x, y, mask) = _prepare_out(out, x, (dy, x, y, mask))
+    dx = _prepare_out(out, x, dy, y, mask)
     dscale, dbias = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm_backward(code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual, dscale, dbias)
     dx = _deliver(dx, out)
