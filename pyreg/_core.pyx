@@ -151,7 +151,7 @@ def empty_like(cnp.ndarray x):
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
-def fits(cnp.ndarray out, cnp.ndarray x):
+cdef bint fits(cnp.ndarray out, cnp.ndarray x):
     """Whether out has the shape and dtype of x and can be written as it is."""
     return cnp.PyArray_SAMESHAPE(out, x) and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(x) and cnp.PyArray_ISBEHAVED(out)
 
@@ -170,7 +170,7 @@ cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
     return low, high
 
 
-def partly_overlap(cnp.ndarray x, cnp.ndarray y):
+cdef bint partly_overlap(cnp.ndarray x, cnp.ndarray y):
     """Whether writing y may spoil elements of x that are still to be read; same shapes."""
     cdef size_t x_low, x_high, y_low, y_high
     cdef int d
@@ -220,12 +220,14 @@ def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
-def any_overlap(cnp.ndarray out, *inputs):
-    """Whether writing out may spoil one of the inputs (arrays of its shape, or None)."""
+def can_write(out, cnp.ndarray x, tuple inputs):
+    """Whether out is an array like x that can be written as it is, without spoiling an input (arrays like x, or None)."""
+    if not isinstance(out, cnp.ndarray) or not fits(out, x):
+        return False
     for a in inputs:
         if a is not None and a is not out and partly_overlap(a, out):
-            return True
-    return False
+            return False
+    return True
 
 
 cdef void *data(array) noexcept:

@@ -50,7 +50,7 @@ def _as_input(x: ArrayLike, name: str = "x") -> tuple[Array, int]:
     return x, code
 
 
-def _check_out(out: object, x: Array, name: str = "x") -> None:
+def _check_out(out: Any, x: Array, name: str = "x") -> None:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
     if out.shape != x.shape or out.dtype.newbyteorder("=") != x.dtype:
@@ -59,6 +59,26 @@ def _check_out(out: object, x: Array, name: str = "x") -> None:
         )
     if not out.flags.writeable:
         raise ValueError("out is read-only; wanted a writable array")
+
+
+def _prepare_out(out: Array | None, x: Any, inputs: tuple[Any, ...], name: str = "x") -> Array:
+    """Where to write: out, or another array like x for :func:`_deliver` to copy from."""
+    if out is None:
+        return _core.empty_like(x)
+    if _core.can_write(out, x, inputs):
+        return out
+    _check_out(out, x, name)
+    # out is not aligned, in foreign byte order, or overlaps an input.  That is not copied instead, because batch-norm's
+    # order of additions follows from its strides.
+    return _core.empty_like(x)
+
+
+def _deliver(y: Array, out: Array | None) -> Array:
+    """out if it was given, with y in it."""
+    if out is None or y is out:
+        return y
+    out[...] = y
+    return out
 
 
 def _check_rate(rate: float) -> float:
@@ -155,22 +175,9 @@ def _apply(
             raise TypeError("both key and rng are given; wanted one of them")
         key = _check_key(key)
 
-    y = out
-    if out is None:
-        y = _core.empty_like(x)
-    elif y is not x:
-        if not isinstance(y, np.ndarray) or not _core.fits(y, x):
-            _check_out(y, x, name)
-            y = _core.empty_like(x)  # out is not aligned, or in foreign byte order
-        elif _core.partly_overlap(x, y):
-            x = x.copy()
-    elif not x.flags.writeable:
-        _check_out(y, x, name)
+    y = _prepare_out(out, x, (x,), name)
     _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
-    if out is not None and y is not out:
-        out[...] = y
-        return out
-    return y
+    return _deliver(y, out)
 
 
 def dropout(
@@ -404,24 +411,6 @@ def _check_elements(x: Array, axis: int) -> None:
         raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
 
 
-def _prepare_out(out: Array | None, x: Array, *inputs: Any) -> Array:
-    """Where to write: out, or another array for :func:`_deliver` to copy from."""
-    if out is None:
-        return _core.empty_like(x)
-    if not isinstance(out, np.ndarray) or not _core.fits(out, x):
-        _check_out(out, x)
-        return _core.empty_like(x)  # out is not aligned, or in foreign byte order
-    # An input that writing would spoil is not copied instead: its strides decide the order of the sums.
-    return _core.empty_like(x) if _core.any_overlap(out, x, *inputs) else out
-
-
-def _deliver(y: Array, out: Array | None) -> Array:
-    if out is None or y is out:
-        return y
-    out[...] = y
-    return out
-
-
 def batch_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -500,7 +489,7 @@ def batch_norm(
     mask = _check_mask(mask, x, axis)
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y = _prepare_out(out, x, residual, mask)
+    y = _prepare_out(out, x, (x, residual, mask))
     mean, var = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y, mean, var)
     return _deliver(y, out), mean, var
@@ -553,7 +542,7 @@ def batch_norm_inference(
     bias = _check_statistic(bias, code, channels, "bias")
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y = _prepare_out(out, x, residual)
+    y = _prepare_out(out, x, (x, residual))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
     return _deliver(y, out)
 
@@ -622,7 +611,7 @@ def batch_norm_backward(
     y = _check_like(y, x, "y") if relu else None
     epsilon = _check_epsilon(epsilon)
     dresidual = _core.empty_like(x) if relu else None
-    dx = _prepare_out(out, x, dy, y, mask)
+    dx = _prepare_out(out, x, (dy, x, y, mask))
     dscale, dbias = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm_backward(code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual, dscale, dbias)
     dx = _deliver(dx, out)

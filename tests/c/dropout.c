@@ -1,0 +1,66 @@
+/* Dropout in arrays of exactly the size they must have, for sanitizers: all small sizes, dtypes and generators, strided
+ * and in place; the result is checked against the mask. */
+#include "pyreg.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const size_t size_of[PYREG_NUM_DTYPES] = {[PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
+
+static void fail(const char *what, size_t n) {
+    printf("%s, n = %zu\n", what, n);
+    exit(1);
+}
+
+/* 1.0 in every element. */
+static char *ones(enum pyreg_dtype dtype, size_t n) {
+    static const uint16_t f16 = 0x3c00, bf16 = 0x3f80;
+    static const float f32 = 1;
+    static const double f64 = 1;
+    static const void *const one[] = {[PYREG_F32] = &f32, [PYREG_F64] = &f64, [PYREG_F16] = &f16, [PYREG_BF16] = &bf16};
+    char *x = malloc(n * size_of[dtype] + !n);
+    for (size_t i = 0; i < n; i++) memcpy(x + i * size_of[dtype], one[dtype], size_of[dtype]);
+    return x;
+}
+
+static bool is_zero(const char *at, size_t size) {
+    for (size_t b = 0; b < size; b++)
+        if (at[b]) return false;
+    return true;
+}
+
+static void check(enum pyreg_dtype dtype, const struct pyreg_mask *mask, size_t n, int64_t step) {
+    const size_t size = size_of[dtype], room = n ? (n - 1) * (size_t)step + 1 : 0;
+    const int64_t shape = (int64_t)n, dense = (int64_t)size, strided = step * (int64_t)size;
+    char *x = ones(dtype, room), *y = malloc(n * size + !n);
+    uint8_t *kept = malloc(n + !n), *packed = malloc((n + 7) / 8 + !n);
+    if (pyreg_dropout(dtype, mask, true, 1, &shape, x, &strided, y, &dense, NULL)) fail("dropout", n);
+    if (pyreg_dropout_mask(mask, n, false, kept) || pyreg_dropout_mask(mask, n, true, packed)) fail("mask", n);
+    for (size_t i = 0; i < n; i++) {
+        if (is_zero(y + i * size, size) == kept[i]) fail("dropout is not the mask", n);
+        if ((packed[i / 8] >> i % 8 & 1) != kept[i]) fail("packed is not the mask", n);
+    }
+    if (pyreg_dropout(dtype, mask, true, 1, &shape, x, &strided, x, &strided, NULL)) fail("in place", n);
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(x + i * (size_t)strided, y + i * size, size)) fail("in place differs", n);
+    free(x), free(y), free(kept), free(packed);
+}
+
+int main(void) {
+    if (pyreg_init()) return 2; /* this machine lacks the instruction set */
+    static const double rates[] = {0, 0.1, 0.5, 1};
+    for (int g = 0; g < PYREG_NUM_GENERATORS; g++)
+        for (int d = 0; d < PYREG_NUM_DTYPES; d++)
+            for (size_t n = 0; n < 1100; n++) {
+                const struct pyreg_mask mask = {(enum pyreg_generator)g, {1, 2}, rates[n % 4], n * 0x10001};
+                check((enum pyreg_dtype)d, &mask, n, 1 + (int64_t)(n % 5 == 0));
+            }
+    for (size_t n = 9000; n < 200000; n += 60007) { /* several tiles, chunks and threads */
+        const struct pyreg_mask mask = {PYREG_PHILOX, {3, 4}, 0.1, n};
+        pyreg_set_num_threads(1 + (int)(n % 3));
+        check(PYREG_F32, &mask, 8 * n, 1);
+        check(PYREG_BF16, &mask, n, 3);
+    }
+    return 0;
+}
