@@ -91,7 +91,7 @@ def print_markdown(records, args, env):
     """The README's table: both layouts, every second mean."""
     rows = [r for r in records if r["mean"] in MEANS[::2]]
     versions = ", ".join(f"{name} {env[name]}" for name in PACKAGES if env[name] != "not installed")
-    print(f"\nfloat32, {args.elements:,} elements a channel; {versions}.\n")
+    print(f"\nfloat32, {args.channels} channels of {args.elements:,} elements, threads {args.threads}; {versions}.\n")
     print("| | mean / std |", " | ".join(rows[0]["errors"]), "|")
     print("|---|---:|" + "---:|" * len(rows[0]["errors"]))
     for row in rows:

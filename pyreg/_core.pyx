@@ -151,7 +151,7 @@ def empty_like(cnp.ndarray x):
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
-cpdef bint fits(cnp.ndarray out, cnp.ndarray x):
+cdef bint fits(cnp.ndarray out, cnp.ndarray x):
     """Whether out has the shape and dtype of x and can be written as it is."""
     return cnp.PyArray_SAMESHAPE(out, x) and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(x) and cnp.PyArray_ISBEHAVED(out)
 

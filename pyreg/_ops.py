@@ -61,16 +61,16 @@ def _check_out(out: Any, x: Array, name: str = "x") -> None:
         raise ValueError("out is read-only; wanted a writable array")
 
 
-def _prepare_out(out: Array | None, x: Any, inputs: tuple[Any, ...], name: str = "x") -> tuple[Array, tuple[Any, ...]]:
-    """An array like x to write to, and the inputs, copied where writing would spoil them."""
+def _prepare_out(out: Array | None, x: Any, inputs: tuple[Any, ...], name: str = "x") -> Array:
+    """Where to write: out, or another array like x for :func:`_deliver` to copy from."""
     if out is None:
-        return _core.empty_like(x), inputs
+        return _core.empty_like(x)
     if _core.can_write(out, x, inputs):
-        return out, inputs
+        return out
     _check_out(out, x, name)
-    if not _core.fits(out, x):  # out is not aligned, or in foreign byte order
-        return _core.empty_like(x), inputs
-    return out, tuple(None if a is None else a if a is out else a.copy() for a in inputs)
+    # out is not aligned, in foreign byte order, or overlaps an input.  That is not copied instead, because batch-norm's
+    # order of additions follows from its strides.
+    return _core.empty_like(x)
 
 
 def _deliver(y: Array, out: Array | None) -> Array:
@@ -175,8 +175,8 @@ def _apply(
             raise TypeError("both key and rng are given; wanted one of them")
         key = _check_key(key)
 
-    y, (source,) = _prepare_out(out, x, (x,), name)
-    _core.dropout(code, source, y, generator, key, rate, offset, scaled, strides)
+    y = _prepare_out(out, x, (x,), name)
+    _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
     return _deliver(y, out)
 
 
@@ -489,7 +489,7 @@ def batch_norm(
     mask = _check_mask(mask, x, axis)
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y, (x, residual, mask) = _prepare_out(out, x, (x, residual, mask))
+    y = _prepare_out(out, x, (x, residual, mask))
     mean, var = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y, mean, var)
     return _deliver(y, out), mean, var
@@ -542,7 +542,7 @@ def batch_norm_inference(
     bias = _check_statistic(bias, code, channels, "bias")
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y, (x, residual) = _prepare_out(out, x, (x, residual))
+    y = _prepare_out(out, x, (x, residual))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
     return _deliver(y, out)
 
@@ -611,7 +611,7 @@ def batch_norm_backward(
     y = _check_like(y, x, "y") if relu else None
     epsilon = _check_epsilon(epsilon)
     dresidual = _core.empty_like(x) if relu else None
-    dx, (dy, x, y, mask) = _prepare_out(out, x, (dy, x, y, mask))
+    dx = _prepare_out(out, x, (dy, x, y, mask))
     dscale, dbias = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
     _core.batch_norm_backward(code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual, dscale, dbias)
     dx = _deliver(dx, out)

@@ -363,6 +363,18 @@ def test_out_that_partly_overlaps():
     assert same(pyreg.batch_norm(memory, residual=memory.T, out=memory)[0], want)
 
 
+def test_overlap_changes_no_bit():
+    """The order of the sums follows from x's strides, so a copy in another layout would not do."""
+    for order in "CF":
+        memory = np.array(normal((3001, 37), F64) + 5, order=order)
+        kept = memory.copy("K")
+        for flip in (slice(None), slice(None, None, -1)):
+            memory[...] = kept
+            want = pyreg.batch_norm(memory[1:][flip])
+            got = pyreg.batch_norm(memory[1:][flip], out=memory[:-1])
+            assert all(same(g, w) for g, w in zip(got, want, strict=True))
+
+
 def test_past_the_cache(threads):
     """Large enough to be written around the cache, at an odd place of a cache line."""
     n = 2 * _core.config()["cache_bytes"] // 4 // 48 // 10 * 10
