@@ -401,8 +401,7 @@ static bool can_gate_early(const struct pyreg_batchnorm *args, const struct oper
     const enum bn_operand read[] = {BN_X, BN_DY, BN_Y};
     for (size_t k = 0; k < sizeof read / sizeof *read; k++) {
         bool same = true;
-        for (int d = 0; d < args->ndim; d++)
-            same &= args->shape[d] == 1 || swept[read[k]].strides[d] == dresidual->strides[d];
+        for (int d = 0; d < args->ndim; d++) same &= swept[read[k]].strides[d] == dresidual->strides[d];
         if (same) return true;
     }
     return false;
