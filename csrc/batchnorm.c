@@ -38,7 +38,6 @@ struct batchnorm {
     struct view sums, apply; /* what the sums read; what the elementwise sweep reads and writes */
     struct grid sums_grid, apply_grid;
     bool masked, stream;
-    bool gate_early;                        /* the sums write dresidual, and the sweep reads it in place of dy and y */
     double *partial;                        /* (pieces, NUM_SUMS, channels) */
     double *centre, *gain, *slope, *offset; /* (channels) */
 };
@@ -249,7 +248,6 @@ static void gradient_tile(const struct batchnorm *bn, struct region r, double *c
     struct walk w;
     for (walk_begin(&w, v, r); walk_next(&w);) {
         w.block.relu = bn->args->relu;
-        w.block.stream = bn->stream && !w.packed[BN_DRESIDUAL];
         bn->kernels->bn_gradient_sums(&w.block, shift, bn->masked ? ignored : sums[1], sums[2], sums[3]);
         if (bn->masked) bn->kernels->bn_masked_sums(&w.block, shift, sums[0], sums[1], ignored);
     }
@@ -269,7 +267,6 @@ static void backward_sum(const struct batchnorm *bn, size_t piece, size_t c, siz
         double *const out[NUM_SUMS] = {at + c, at + channels + c, at + 2 * channels + c, at + 3 * channels + c};
         gradient_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), out);
     }
-    if (bn->gate_early && bn->stream) bn->kernels->stream_end();
 }
 
 static void backward_merge(double *into, const double *from, size_t channels, size_t c, size_t end) {
@@ -332,7 +329,7 @@ static void apply(const struct batchnorm *bn, size_t piece, size_t c, size_t end
         }
         struct walk w;
         for (walk_begin(&w, v, region_of(v, &bn->apply_grid, piece, c, c + step)); walk_next(&w);) {
-            w.block.relu = bn->args->relu && !bn->gate_early;
+            w.block.relu = bn->args->relu;
             w.block.stream = bn->stream && !w.packed[bn->slope ? BN_DX : BN_Y];
             bn->pass->apply(bn->kernels, &w.block, &k);
         }
@@ -393,33 +390,6 @@ static enum pyreg_status check(const struct pyreg_batchnorm *args, size_t *eleme
     return PYREG_OK;
 }
 
-/* May the sums write dresidual?  It must not be x, which the sweep reads again, and its strides must be another
- * operand's: the order of additions depends on those that the sums know. */
-static bool can_gate_early(const struct pyreg_batchnorm *args, const struct operand *swept) {
-    const struct operand *dresidual = &swept[BN_DRESIDUAL];
-    if (!args->relu || !dresidual->data || dresidual->data == swept[BN_X].data) return false;
-    const enum bn_operand read[] = {BN_X, BN_DY, BN_Y};
-    for (size_t k = 0; k < sizeof read / sizeof *read; k++) {
-        bool same = true;
-        for (int d = 0; d < args->ndim; d++) same &= swept[read[k]].strides[d] == dresidual->strides[d];
-        if (same) return true;
-    }
-    return false;
-}
-
-/* Moves the ReLU's mask from the sweep into the sums: y is read once. */
-static void gate_early(struct batchnorm *bn, const struct operand *sums, const struct operand *swept) {
-    struct operand first[BN_OPERANDS], second[BN_OPERANDS];
-    for (int k = 0; k < BN_OPERANDS; k++) first[k] = sums[k], second[k] = swept[k];
-    first[BN_DRESIDUAL] = swept[BN_DRESIDUAL];
-    second[BN_DY] = (struct operand){swept[BN_DRESIDUAL].data, swept[BN_DRESIDUAL].strides, swept[BN_DY].size, false};
-    second[BN_Y] = second[BN_DRESIDUAL] = (struct operand){NULL, NULL, 0, false};
-    view_init(&bn->sums, bn->args->ndim, bn->args->shape, bn->args->axis, first, BN_X);
-    view_init(&bn->apply, bn->args->ndim, bn->args->shape, bn->args->axis, second, BN_X);
-    bn->apply_grid = grid_of(&bn->apply);
-    bn->gate_early = true;
-}
-
 /* Fills in bn's views and runs its phases.  Operands the sums read come first in `sums`, the sweep's in `swept`. */
 static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, const struct operand *swept,
                              size_t elements, double ns) {
@@ -455,7 +425,6 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     if (tiled) {
         phases[num++] = (struct phase){bn->sums_grid.tiles, tile_chunk};
     } else {
-        if (bn->pass == &backward && can_gate_early(args, swept)) gate_early(bn, sums, swept);
         if (bn->pass->sum) phases[num++] = (struct phase){bn->sums_grid.pieces * bn->sums_grid.tiles, sum_chunk};
         phases[num++] = (struct phase){divide_up(channels, FINISH_CHANNELS), finish_chunk};
         phases[num++] = (struct phase){bn->apply_grid.pieces * bn->apply_grid.tiles, apply_chunk};

@@ -240,29 +240,11 @@ static ALWAYS_INLINE narrow gated(const elem_t *dy, const elem_t *y) {
     return y ? (narrow)((load_narrow(y) > (narrow){0}) & (narrow_bits)g) : g;
 }
 
-static ALWAYS_INLINE elem_t *at_or_null(elem_t *p, size_t j) { return p ? p + j : NULL; }
-
-/* Around the cache if asked to, where these are whole lines of it. */
-static ALWAYS_INLINE void put_elements(elem_t *to, const elem_t *from, size_t bytes, bool stream) {
-    if (stream && bytes % 64 == 0 && (uintptr_t)to % 64 == 0)
-        stream_lines(to, from, bytes);
-    else
-        memcpy(to, from, bytes);
-}
-
-/* What the sums of the backward pass work on: rows of x, dy, y and dresidual, the last two NULL where there are none.
- */
-struct gradient_rows {
-    struct bn_rows x, dy, y, dresidual;
-    bool stream;
-};
-
-/* (rows, vectors * LANES64) elements from column j; sums and shift: (vectors * LANES64). */
-static ALWAYS_INLINE void add_gradient_vectors(const struct gradient_rows *of, size_t j, size_t rows, size_t vectors,
+/* x, dy, y: (rows, vectors * LANES64) at their strides; sums and shift: (vectors * LANES64). */
+static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_t j, size_t rows, size_t vectors,
                                                const double *shift, double *sum, double *dbias, double *dscale) {
-    const elem_t *x = (const elem_t *)of->x.at + j, *dy = (const elem_t *)of->dy.at + j;
-    const elem_t *y = at_or_null(of->y.at, j);
-    elem_t *dresidual = at_or_null(of->dresidual.at, j), gate[VECTORS] __attribute__((aligned(64)));
+    const elem_t *x = (const elem_t *)of[0].at + j, *dy = (const elem_t *)of[1].at + j, *y = of[2].at;
+    if (y) y += j;
     wide s[UNROLL], b[UNROLL], g[UNROLL], m[UNROLL];
     for (size_t v = 0; v < vectors; v++) {
         s[v] = load_wide(sum + j + v * LANES64);
@@ -274,23 +256,17 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct gradient_rows *of, s
         prefetch(x, vectors * LANES64);
         prefetch(dy, vectors * LANES64);
         if (y) prefetch(y, vectors * LANES64);
-        if (dresidual) { /* which may be dy or y */
-            for (size_t i = 0; i < vectors * LANES64; i++) gate[i] = load(y[i]) > 0 ? dy[i] : 0;
-            put_elements(dresidual, gate, vectors * LANES64 * sizeof(elem_t), of->stream);
-            dresidual += of->dresidual.stride;
-        }
         for (size_t v = 0; v < vectors; v++) {
-            const size_t i = v * LANES64;
-            wide xv = widen(load_narrow(x + i));
-            wide dyv = widen(dresidual ? load_narrow(gate + i) : gated(dy + i, y ? y + i : NULL));
+            wide xv = widen(load_narrow(x + v * LANES64));
+            wide dyv = widen(gated(dy + v * LANES64, y ? y + v * LANES64 : NULL));
             if (!EXACT_PRODUCTS) xv -= m[v];
             s[v] += xv;
             b[v] += dyv;
             g[v] = EXACT_PRODUCTS ? add_exact_product(g[v], xv, dyv) : g[v] + xv * dyv;
         }
-        x += of->x.stride;
-        dy += of->dy.stride;
-        if (y) y += of->y.stride;
+        x += of[0].stride;
+        dy += of[1].stride;
+        if (y) y += of[2].stride;
     }
     for (size_t v = 0; v < vectors; v++) {
         store_wide(sum + j + v * LANES64, s[v]);
@@ -299,78 +275,55 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct gradient_rows *of, s
     }
 }
 
-static ALWAYS_INLINE void skip_rows(struct bn_rows *rows, size_t n) {
-    if (rows->at) rows->at = (elem_t *)rows->at + (ptrdiff_t)n * rows->stride;
-}
-
-/* (rows, width) elements; sums and shift: (width). */
-static ALWAYS_INLINE void add_gradient_rows(struct gradient_rows of, size_t rows, size_t width, const double *shift,
+/* x, dy, y: (rows, width) at their strides; sums and shift: (width). */
+static ALWAYS_INLINE void add_gradient_rows(struct bn_rows of[3], size_t rows, size_t width, const double *shift,
                                             double *sum, double *dbias, double *dscale) {
     for (size_t n; rows; rows -= n) {
         n = row_tile(rows, width);
         size_t j = 0;
-        for (; j + VECTORS <= width; j += VECTORS) add_gradient_vectors(&of, j, n, UNROLL, shift, sum, dbias, dscale);
-        for (; j + LANES64 <= width; j += LANES64) add_gradient_vectors(&of, j, n, 1, shift, sum, dbias, dscale);
-        const elem_t *x = of.x.at, *dy = of.dy.at, *y = of.y.at;
-        elem_t *dresidual = of.dresidual.at;
+        for (; j + VECTORS <= width; j += VECTORS) add_gradient_vectors(of, j, n, UNROLL, shift, sum, dbias, dscale);
+        for (; j + LANES64 <= width; j += LANES64) add_gradient_vectors(of, j, n, 1, shift, sum, dbias, dscale);
+        const elem_t *x = of[0].at, *dy = of[1].at, *y = of[2].at;
         for (; j < width; j++)
             for (ptrdiff_t r = 0; r < (ptrdiff_t)n; r++) {
-                double d = (double)load(x[r * of.x.stride + (ptrdiff_t)j]) - (EXACT_PRODUCTS ? 0 : shift[j]);
-                elem_t e = dy[r * of.dy.stride + (ptrdiff_t)j];
-                if (y && !(load(y[r * of.y.stride + (ptrdiff_t)j]) > 0)) e = 0;
-                if (dresidual) dresidual[r * of.dresidual.stride + (ptrdiff_t)j] = e;
-                double g = (double)load(e);
+                double d = (double)load(x[r * of[0].stride + (ptrdiff_t)j]) - (EXACT_PRODUCTS ? 0 : shift[j]);
+                double g = (double)load(dy[r * of[1].stride + (ptrdiff_t)j]);
+                if (y && !(load(y[r * of[2].stride + (ptrdiff_t)j]) > 0)) g = 0;
                 sum[j] += d;
                 dbias[j] += g;
                 dscale[j] += d * g;
             }
-        skip_rows(&of.x, n);
-        skip_rows(&of.dy, n);
-        skip_rows(&of.y, n);
-        skip_rows(&of.dresidual, n);
+        for (int k = 0; k < 3; k++)
+            if (of[k].at) of[k].at = (elem_t *)of[k].at + (ptrdiff_t)n * of[k].stride;
     }
 }
 
-static ALWAYS_INLINE struct bn_rows part_of_row(const struct bn_block *b, enum bn_operand k, bool present, size_t r,
-                                                size_t j, size_t stride) {
-    return (struct bn_rows){present ? row(b, k, r) + j : NULL, (ptrdiff_t)stride};
-}
-
-static ALWAYS_INLINE void add_gradient_block(const struct bn_block *b, bool relu, bool residual, const double *shift,
-                                             double *sum, double *dbias, double *dscale) {
+static ALWAYS_INLINE void add_gradient_block(const struct bn_block *b, bool relu, const double *shift, double *sum,
+                                             double *dbias, double *dscale) {
     const size_t n = b->period, whole = b->length / n, rest = b->length - whole * n;
     if (b->lines == 1 && b->length == n) {
-        const struct bn_rows none = {NULL, 0};
-        const struct gradient_rows of = {b->of[BN_X], b->of[BN_DY], relu ? b->of[BN_Y] : none,
-                                         residual ? b->of[BN_DRESIDUAL] : none, b->stream};
+        struct bn_rows of[3] = {b->of[BN_X], b->of[BN_DY], relu ? b->of[BN_Y] : (struct bn_rows){NULL, 0}};
         add_gradient_rows(of, b->rows, n, shift, sum, dbias, dscale);
         return;
     }
     for (size_t r = 0; r < b->rows; r++)
         for (size_t l = 0; l < b->lines; l++) { /* whole periods are rows of one period */
             const size_t k = l * n, j = l * b->length;
-            struct gradient_rows of = {part_of_row(b, BN_X, true, r, j, n), part_of_row(b, BN_DY, true, r, j, n),
-                                       part_of_row(b, BN_Y, relu, r, j, n),
-                                       part_of_row(b, BN_DRESIDUAL, residual, r, j, n), b->stream};
+            elem_t *x = row(b, BN_X, r) + j, *dy = row(b, BN_DY, r) + j, *y = relu ? row(b, BN_Y, r) + j : NULL;
+            struct bn_rows of[3] = {{x, (ptrdiff_t)n}, {dy, (ptrdiff_t)n}, {y, (ptrdiff_t)n}};
             add_gradient_rows(of, whole, n, shift + k, sum + k, dbias + k, dscale + k);
-            skip_rows(&of.x, whole);
-            skip_rows(&of.dy, whole);
-            skip_rows(&of.y, whole);
-            skip_rows(&of.dresidual, whole);
-            add_gradient_rows(of, 1, rest, shift + k, sum + k, dbias + k, dscale + k);
+            struct bn_rows tail[3] = {{x + whole * n, 0}, {dy + whole * n, 0}, {relu ? y + whole * n : NULL, 0}};
+            add_gradient_rows(tail, 1, rest, shift + k, sum + k, dbias + k, dscale + k);
         }
 }
 
-/* sum += x, dbias += g, dscale += g * x; float64: with x - shift in place of x.  g = dy, with relu 0 where y is not
- * above 0; then dresidual, if there is one, = g. */
+/* sum += x, dbias += dy, dscale += dy * x; float64: with x - shift in place of x. */
 static void bn_gradient_sums(const struct bn_block *b, const double *shift, double *sum, double *dbias,
                              double *dscale) {
-    if (b->relu && b->of[BN_DRESIDUAL].at)
-        add_gradient_block(b, true, true, shift, sum, dbias, dscale);
-    else if (b->relu)
-        add_gradient_block(b, true, false, shift, sum, dbias, dscale);
+    if (b->relu)
+        add_gradient_block(b, true, shift, sum, dbias, dscale);
     else
-        add_gradient_block(b, false, false, shift, sum, dbias, dscale);
+        add_gradient_block(b, false, shift, sum, dbias, dscale);
 }
 
 /* ---- Elementwise sweeps ------------------------------------------------------------------------------------------ */
@@ -425,8 +378,14 @@ static ALWAYS_INLINE void sweep_around(const struct coefficients *c, const struc
     elem_t out[LINE] __attribute__((aligned(64))), dresidual[LINE] __attribute__((aligned(64)));
     sweep_run(c, s, j, k, LINE, channel_line, out, s->dresidual ? dresidual : NULL);
     stream_lines(s->out + j, out, sizeof out);
-    if (s->dresidual) put_elements(s->dresidual + j, dresidual, sizeof dresidual, true);
+    if (!s->dresidual) return;
+    if ((uintptr_t)(s->dresidual + j) % 64 == 0)
+        stream_lines(s->dresidual + j, dresidual, sizeof dresidual);
+    else
+        memcpy(s->dresidual + j, dresidual, sizeof dresidual);
 }
+
+static ALWAYS_INLINE elem_t *at_or_null(elem_t *p, size_t j) { return p ? p + j : NULL; }
 
 /* n elements; coefficient l for all, or element j's is j % period. */
 static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct sweep *s, size_t n, size_t l,
