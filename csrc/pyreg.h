@@ -24,14 +24,14 @@ extern "C" {
 
 enum pyreg_status {
     PYREG_OK = 0,
-    PYREG_NO_MEMORY,       /* scratch memory could not be allocated; nothing was written */
-    PYREG_INTERRUPTED,     /* the interrupt check (below) asked to stop */
+    PYREG_NO_MEMORY,   /* scratch memory could not be allocated; nothing was written */
+    PYREG_INTERRUPTED, /* the interrupt check (below) asked to stop */
     PYREG_BAD_DTYPE,
     PYREG_BAD_GENERATOR,
-    PYREG_BAD_RATE,        /* not in [0, 1] */
-    PYREG_BAD_SHAPE,       /* more than PYREG_MAX_DIMS dims, a negative length, or 2^63 elements and more */
-    PYREG_BAD_AXIS,        /* not one of the dims */
-    PYREG_BAD_ISA,         /* PYREG_ISA names an instruction set that is unknown, or that this machine lacks */
+    PYREG_BAD_RATE,  /* not in [0, 1] */
+    PYREG_BAD_SHAPE, /* more than PYREG_MAX_DIMS dims, a negative length, or 2^63 elements and more */
+    PYREG_BAD_AXIS,  /* not one of the dims */
+    PYREG_BAD_ISA,   /* PYREG_ISA names an instruction set that is unknown, or that this machine lacks */
 };
 const char *pyreg_strerror(enum pyreg_status status);
 
@@ -59,8 +59,8 @@ enum pyreg_generator { PYREG_PHILOX, PYREG_THREEFRY, PYREG_THREEFRY_X64, PYREG_N
 struct pyreg_mask {
     enum pyreg_generator generator;
     uint32_t key[2];
-    double rate;      /* probability of dropping, in [0, 1]; 0 and 1 draw nothing */
-    uint64_t offset;  /* index of the first element */
+    double rate;     /* probability of dropping, in [0, 1]; 0 and 1 draw nothing */
+    uint64_t offset; /* index of the first element */
 };
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------
@@ -86,24 +86,23 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
 /* ---- Batch-norm --------------------------------------------------------------------------------------------------
  * x has `shape`; dim `axis` counts the channels; n elements a channel share a mean and a (biased) variance.
  *
- *   forward    y = (x - mean) * (scale / sqrt(var + epsilon)) + bias, mean and var those of x, or of x where mask is true
- *   inference  the same with the mean and var given
- *   backward   dbias = sum dy, dscale = sum dy * xhat, xhat = (x - mean) / sqrt(var + epsilon),
- *              dx = scale / sqrt(var + epsilon) * (dy - dbias / n - xhat * dscale / n)
- *              and, where dmean and dvar (gradients of the outputs mean and var) are given, + (dmean + 2 dvar (x - mean)) / n.
- *              Where mask is false dx is scale / sqrt(var + epsilon) * dy; dbias and dscale are sums over all elements.
- *   epilogue   forward and inference: y += residual if not NULL, then y = max(y, 0) if relu.  backward with relu: y is the
- *              forward's output, dy counts where y > 0 and is 0 elsewhere; that is written to dresidual if not NULL.
+ *   forward    y = (x - mean) * (scale / sqrt(var + epsilon)) + bias, mean and var those of x, or of x where mask is
+ * true inference  the same with the mean and var given backward   dbias = sum dy, dscale = sum dy * xhat, xhat = (x -
+ * mean) / sqrt(var + epsilon), dx = scale / sqrt(var + epsilon) * (dy - dbias / n - xhat * dscale / n) and, where dmean
+ * and dvar (gradients of the outputs mean and var) are given, + (dmean + 2 dvar (x - mean)) / n. Where mask is false dx
+ * is scale / sqrt(var + epsilon) * dy; dbias and dscale are sums over all elements. epilogue   forward and inference: y
+ * += residual if not NULL, then y = max(y, 0) if relu.  backward with relu: y is the forward's output, dy counts where
+ * y > 0 and is 0 elsewhere; that is written to dresidual if not NULL.
  *
  * Types.    mean, var, scale, bias and their gradients: contiguous, a value a channel; float, or double with PYREG_F64.
  *           The arithmetic is that of their type, sums are in double, half types are rounded once, at the end.
  * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual: NULL; then their strides are not read.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
- * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and Inf stay in their
- *           channel (which NaN, of the many, is not promised).
- * Edges.    A channel without elements, or whose mask is all false: mean and var are NaN.
- * Pass the mean of the forward to backward: it is refined from x, because a float may be a good part of a std off. */
+ * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and Inf
+ * stay in their channel (which NaN, of the many, is not promised). Edges.    A channel without elements, or whose mask
+ * is all false: mean and var are NaN. Pass the mean of the forward to backward: it is refined from x, because a float
+ * may be a good part of a std off. */
 struct pyreg_batchnorm {
     enum pyreg_dtype dtype;
     int ndim, axis; /* 0 <= axis < ndim */
@@ -119,20 +118,21 @@ enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm *args, co
 enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
                                             const void *mean, const void *var, const void *residual,
                                             const int64_t *residual_strides, void *y, const int64_t *y_strides);
-enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, const void *dy, const int64_t *dy_strides,
-                                           const void *x, const int64_t *x_strides, const bool *mask,
-                                           const int64_t *mask_strides, const void *y, const int64_t *y_strides,
-                                           const void *mean, const void *var, const void *dmean, const void *dvar,
-                                           void *dx, const int64_t *dx_strides, void *dresidual,
-                                           const int64_t *dresidual_strides, void *dscale, void *dbias);
+enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, const void *dy,
+                                           const int64_t *dy_strides, const void *x, const int64_t *x_strides,
+                                           const bool *mask, const int64_t *mask_strides, const void *y,
+                                           const int64_t *y_strides, const void *mean, const void *var,
+                                           const void *dmean, const void *dvar, void *dx, const int64_t *dx_strides,
+                                           void *dresidual, const int64_t *dresidual_strides, void *dscale,
+                                           void *dbias);
 
 /* ---- Threads ----------------------------------------------------------------------------------------------------
  * Number of threads of the next call from this thread: pyreg_use_threads(n) of this thread if n > 0, else
  * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A limit set
  * through OpenMP after loading (threadpoolctl does that) holds in every case.  Small calls run serially. */
 int pyreg_get_num_threads(void);
-void pyreg_set_num_threads(int n);      /* whole process; 0: automatic */
-int pyreg_use_threads(int n);           /* calling thread only; 0: as the process.  Returns the previous value */
+void pyreg_set_num_threads(int n); /* whole process; 0: automatic */
+int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  Returns the previous value */
 
 /* Long calls ask this, from the calling thread, about every 50 ms; they stop when it returns true. */
 void pyreg_set_interrupt_check(bool (*check)(void));
@@ -144,12 +144,12 @@ void pyreg_fail_allocation(long n);
 /* ---- Build and machine ------------------------------------------------------------------------------------------ */
 enum pyreg_status pyreg_init(void); /* chooses the instruction set: PYREG_ISA, else the best.  Call it first */
 enum pyreg_status pyreg_use_isa(const char *name); /* changes it, NULL: the best; not while other calls run */
-const char *pyreg_isa_name(void);            /* the one in use */
-const char *pyreg_isa_available(int i);      /* i-th that this machine can run, best first; NULL past the end */
+const char *pyreg_isa_name(void);                  /* the one in use */
+const char *pyreg_isa_available(int i);            /* i-th that this machine can run, best first; NULL past the end */
 const char *pyreg_compiler(void);
-int pyreg_openmp_version(void);              /* _OPENMP, year and month */
-const char *pyreg_openmp_library(void);      /* file of the OpenMP runtime in use */
-size_t pyreg_cache_bytes(void);              /* last-level cache; larger working sets are written around it */
+int pyreg_openmp_version(void);         /* _OPENMP, year and month */
+const char *pyreg_openmp_library(void); /* file of the OpenMP runtime in use */
+size_t pyreg_cache_bytes(void);         /* last-level cache; larger working sets are written around it */
 
 #ifdef __cplusplus
 }

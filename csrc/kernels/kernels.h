@@ -32,8 +32,8 @@ struct mask_kernels {
 };
 
 /* ---- Batch-norm: a block of rows, what the loops work on ----------------------------------------------------------
- * A row has `lines` lines of `length` neighbouring elements; element j of line l belongs to column l * period + j % period.
- * A channel owns one or several columns.  What is summed is an array of doubles, one a column. */
+ * A row has `lines` lines of `length` neighbouring elements; element j of line l belongs to column l * period + j %
+ * period. A channel owns one or several columns.  What is summed is an array of doubles, one a column. */
 enum bn_operand { BN_X, BN_Y, BN_RESIDUAL, BN_DY, BN_DX, BN_DRESIDUAL, BN_MASK, BN_OPERANDS };
 
 struct bn_rows {
