@@ -90,11 +90,12 @@ static inline elem_t *row(const struct bn_block *b, enum bn_operand k, size_t r)
 
 /* ---- Sums of the forward pass ------------------------------------------------------------------------------------ */
 
-/* The hardware's prefetcher stops at page ends and at the ends of rows: cache lines are asked for this far ahead. */
+/* The hardware's prefetcher stops at page ends and at the ends of rows: cache lines are asked for this far ahead. Where
+ * a row is as long as that, there it would be another thread's columns: then the next columns, or the next row. */
 enum { AHEAD = 4096 / sizeof(elem_t), LINE = 64 / sizeof(elem_t) };
 
-static ALWAYS_INLINE void prefetch(const elem_t *p, size_t n) {
-    for (size_t j = 0; j < n; j += LINE) __builtin_prefetch(p + j + AHEAD);
+static ALWAYS_INLINE void prefetch(const elem_t *p, size_t n, ptrdiff_t ahead) {
+    for (size_t j = 0; j < n; j += LINE) __builtin_prefetch(p + j + ahead);
 }
 
 enum { UNROLL = 4, VECTORS = UNROLL * LANES64 };
@@ -115,7 +116,7 @@ static ALWAYS_INLINE void add_vectors(const elem_t *x, ptrdiff_t stride, size_t 
         m[v] = shift ? load_wide(shift + v * LANES64) : (wide){0};
     }
     for (size_t r = 0; r < rows; r++, x += stride) {
-        prefetch(x, vectors * LANES64);
+        prefetch(x, vectors * LANES64, stride >= AHEAD ? 2 * VECTORS : AHEAD);
         for (size_t v = 0; v < vectors; v++) {
             wide d = widen(load_narrow(x + v * LANES64));
             if (shift) d -= m[v];
@@ -161,7 +162,7 @@ static ALWAYS_INLINE void add_short_lines(const elem_t *x, ptrdiff_t stride, siz
         for (size_t r = 0; r < rows; r++) {
             const elem_t *at = x + (ptrdiff_t)r * stride + j;
             size_t left = length - j;
-            prefetch(at, left);
+            prefetch(at, left, AHEAD);
             for (; left >= VECTORS; at += period, left = left > period ? left - period : 0)
                 for (size_t v = 0; v < UNROLL; v++) {
                     wide d = widen(load_narrow(at + v * LANES64));
@@ -253,9 +254,10 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_
         m[v] = load_wide(shift + j + v * LANES64);
     }
     for (size_t r = 0; r < rows; r++) {
-        prefetch(x, vectors * LANES64);
-        prefetch(dy, vectors * LANES64);
-        if (y) prefetch(y, vectors * LANES64);
+        const ptrdiff_t ahead = of[0].stride >= AHEAD ? 2 * VECTORS : AHEAD;
+        prefetch(x, vectors * LANES64, ahead);
+        prefetch(dy, vectors * LANES64, ahead);
+        if (y) prefetch(y, vectors * LANES64, ahead);
         for (size_t v = 0; v < vectors; v++) {
             wide xv = widen(load_narrow(x + v * LANES64));
             wide dyv = widen(gated(dy + v * LANES64, y ? y + v * LANES64 : NULL));
@@ -343,6 +345,7 @@ static void narrow_to(acc_t *to, const double *from, size_t n) {
 
 /* One line.  NULL for what is absent, which is known when a loop is compiled. */
 struct sweep {
+    ptrdiff_t ahead; /* to prefetch */
     const elem_t *x, *residual, *dy, *relu_y;
     const uint8_t *mask;
     elem_t *out, *dresidual;
@@ -398,10 +401,10 @@ static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct 
     }
     if (stream || !channel_line)
         for (; j + LINE <= n; j += LINE) {
-            prefetch(s->x + j, LINE);
-            if (s->dy) prefetch(s->dy + j, LINE);
-            if (s->relu_y) prefetch(s->relu_y + j, LINE);
-            if (s->residual) prefetch(s->residual + j, LINE);
+            prefetch(s->x + j, LINE, s->ahead);
+            if (s->dy) prefetch(s->dy + j, LINE, s->ahead);
+            if (s->relu_y) prefetch(s->relu_y + j, LINE, s->ahead);
+            if (s->residual) prefetch(s->residual + j, LINE, s->ahead);
             if (stream)
                 sweep_around(c, s, j, k, channel_line);
             else
@@ -414,6 +417,7 @@ static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct 
 
 static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coefficients *c, bool backward, bool relu,
                                       bool masked, bool residual, bool channel_lines, bool stream) {
+    const ptrdiff_t stride = b->of[BN_X].stride;
     for (size_t r = 0; r < b->rows; r++)
         for (size_t l = 0; l < b->lines; l++) {
             const size_t j = l * b->length;
@@ -425,6 +429,7 @@ static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coe
                 .mask = masked ? (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride + j : NULL,
                 .out = row(b, backward ? BN_DX : BN_Y, r) + j,
                 .dresidual = residual && backward ? row(b, BN_DRESIDUAL, r) + j : NULL,
+                .ahead = b->lines == 1 && b->length >= AHEAD && stride > (ptrdiff_t)b->length ? stride : AHEAD,
                 .floor = relu ? 0 : -(acc_t)INFINITY,
             };
             sweep_line(c, &s, b->length, l, b->period, channel_lines, stream);
