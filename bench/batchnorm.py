@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import onednn
-from timing import cpus
+from timing import cpus, numpy_dtype
 
 import pyreg
 
@@ -64,19 +64,6 @@ NOTES = (
     "Flax is nnx.BatchNorm under jax.jit on all CPUs, its backward a vjp without the forward. oneDNN is called through "
     "its C API, if it is installed."
 )
-
-
-def numpy_dtype(name):
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
-
-
-def skip(dtype):
-    """Why a dtype cannot be measured here, or None."""
-    return "ml_dtypes is not installed" if dtype == "bfloat16" and not find_spec("ml_dtypes") else None
 
 
 def elements(shape, **_):

@@ -6,7 +6,7 @@ The result is checked first.  Then contenders take turns (A B C, A B C, ...), an
 the tables give its median, and in brackets its minimum.  All figures go to a JSON file and a plot.
 
 An op is a module beside this file: PARAMS, QUICK, TABLE_BY, SUBJECTS, COLUMNS, MARKDOWN, NOTES, PACKAGES as data, and
-check(), contenders(), elements(), skip().  For the other benchmarks: SWEEP, FIXED, SWEPT, COPY, CONTENTION.  See
+check(), contenders(), elements().  For the other benchmarks: SWEEP, FIXED, SWEPT, COPY, CONTENTION.  See
 dropout.py.
 """
 
@@ -27,6 +27,7 @@ from timing import (
     label,
     number_text,
     show_environment,
+    skip,
     summary,
     time_text,
     write_json,
@@ -177,9 +178,9 @@ def main():
     defaults = op.QUICK if args.quick else op.PARAMS
     params = {name: tuple(getattr(args, name) or defaults[name]) for name in op.PARAMS}
     for dtype in params["dtype"]:
-        if reason := op.skip(dtype):
+        if reason := skip(dtype):
             console.print(f"[yellow]skipped[/] {dtype}: {reason}")
-    params["dtype"] = tuple(dtype for dtype in params["dtype"] if not op.skip(dtype))
+    params["dtype"] = tuple(dtype for dtype in params["dtype"] if not skip(dtype))
     env = environment(op.PACKAGES)
     show_environment(env)
     check(op, params)

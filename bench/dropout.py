@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import numpy as np
-from timing import cpus
+from timing import cpus, numpy_dtype
 
 import pyreg
 
@@ -59,19 +59,6 @@ NOTES = (
     "the mask of pyreg's threefry; JAX always uses all CPUs, so it is only in the rows of all threads, and float64 is "
     "off in it."
 )
-
-
-def numpy_dtype(name):
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
-
-
-def skip(dtype):
-    """Why a dtype cannot be measured here, or None."""
-    return "ml_dtypes is not installed" if dtype == "bfloat16" and not find_spec("ml_dtypes") else None
 
 
 def elements(size, **_):

@@ -7,6 +7,7 @@ import platform
 import time
 import timeit
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 # A setting made for another CPU would slow NumPy's matrix products down.  It is read when NumPy is loaded.
@@ -48,6 +49,19 @@ def interleave(contenders, rounds):
 
 def summary(samples):
     return {"min": float(np.min(samples)), "median": float(np.median(samples))}
+
+
+def numpy_dtype(name):
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def skip(dtype):
+    """Why a dtype cannot be measured here, or None."""
+    return "ml_dtypes is not installed" if dtype == "bfloat16" and not find_spec("ml_dtypes") else None
 
 
 # ---- The machine -----------------------------------------------------------------------------------------------------
