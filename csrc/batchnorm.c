@@ -434,9 +434,6 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     return status;
 }
 
-static const size_t elem_bytes[PYREG_NUM_DTYPES] = {
-    [PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
-
 static void fill_nan(const struct batchnorm *bn, void *p) {
     for (int64_t c = 0; c < bn->args->shape[bn->args->axis]; c++) put(bn, p, (size_t)c, NAN);
 }
@@ -454,7 +451,7 @@ enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm *args, co
         fill_nan(&bn, var);
         return PYREG_OK;
     }
-    const size_t size = elem_bytes[args->dtype];
+    const size_t size = dispatch_bytes(args->dtype);
     const struct operand in = {x, x_strides, size, false};
     const struct operand sums[BN_OPERANDS] = {[BN_X] = in, [BN_MASK] = {mask, mask_strides, 1, false}};
     const struct operand swept[BN_OPERANDS] = {
@@ -469,7 +466,7 @@ enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, 
     enum pyreg_status status = check(args, &elements);
     if (status || elements == 0) return status;
     struct batchnorm bn = {.pass = &inference, .args = args, .mean = mean, .var = var};
-    const size_t size = elem_bytes[args->dtype];
+    const size_t size = dispatch_bytes(args->dtype);
     const struct operand swept[BN_OPERANDS] = {[BN_X] = {x, x_strides, size, false},
                                                [BN_RESIDUAL] = {residual, residual_strides, size, false},
                                                [BN_Y] = {y, y_strides, size, true}};
@@ -501,7 +498,7 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, c
         }
         return PYREG_OK;
     }
-    const size_t size = elem_bytes[args->dtype];
+    const size_t size = dispatch_bytes(args->dtype);
     struct operand read[BN_OPERANDS] = {[BN_X] = {x, x_strides, size, false},
                                         [BN_DY] = {dy, dy_strides, size, false},
                                         [BN_MASK] = {mask, mask_strides, 1, false},

@@ -57,7 +57,7 @@ struct walk {
 void walk_begin(struct walk *w, const struct view *v, struct region region);
 bool walk_next(struct walk *w);
 
-/* Columns that a block of `channels` channels has, and the column of (channel, phase, place); places: view_places(). */
+/* Columns that a block of `channels` channels has. */
 size_t view_columns(const struct view *v, size_t channels);
 /* How many of `channels` channels a walk can take together: all that are neighbours in a row. */
 size_t view_together(const struct view *v, size_t channels);

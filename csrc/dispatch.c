@@ -77,3 +77,8 @@ const char *pyreg_compiler(void) {
 
 const struct mask_kernels *dispatch_masks(void) { return in_use->masks; }
 const struct kernels *dispatch_kernels(enum pyreg_dtype dtype) { return in_use->kernels[dtype]; }
+
+size_t dispatch_bytes(enum pyreg_dtype dtype) {
+    static const size_t bytes[PYREG_NUM_DTYPES] = {[PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
+    return bytes[dtype];
+}

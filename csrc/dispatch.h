@@ -7,5 +7,6 @@
 
 const struct mask_kernels *dispatch_masks(void);
 const struct kernels *dispatch_kernels(enum pyreg_dtype dtype);
+size_t dispatch_bytes(enum pyreg_dtype dtype); /* of an element */
 
 #endif

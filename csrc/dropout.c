@@ -251,7 +251,6 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims) {
 enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, bool scaled, int ndim,
                                 const int64_t *shape, const void *x, const int64_t *x_strides, void *y,
                                 const int64_t *y_strides, const int64_t *mask_strides) {
-    static const size_t dtype_bytes[] = {[PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
     struct dropout op;
     if ((unsigned)dtype >= PYREG_NUM_DTYPES) return PYREG_BAD_DTYPE;
     if (ndim < 0 || ndim > PYREG_MAX_DIMS) return PYREG_BAD_SHAPE;
@@ -275,7 +274,7 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.offset = mask->offset;
     op.x = x;
     op.y = y;
-    op.size = dtype_bytes[dtype];
+    op.size = dispatch_bytes(dtype);
     /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
     op.tile = mask->generator == PYREG_PHILOX ? MASK_TILE : MASK_GROUP;
     plan_rows(&op, ndim, dims);
