@@ -87,22 +87,26 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  * x has `shape`; dim `axis` counts the channels; n elements a channel share a mean and a (biased) variance.
  *
  *   forward    y = (x - mean) * (scale / sqrt(var + epsilon)) + bias, mean and var those of x, or of x where mask is
- * true inference  the same with the mean and var given backward   dbias = sum dy, dscale = sum dy * xhat, xhat = (x -
- * mean) / sqrt(var + epsilon), dx = scale / sqrt(var + epsilon) * (dy - dbias / n - xhat * dscale / n) and, where dmean
- * and dvar (gradients of the outputs mean and var) are given, + (dmean + 2 dvar (x - mean)) / n. Where mask is false dx
- * is scale / sqrt(var + epsilon) * dy; dbias and dscale are sums over all elements. epilogue   forward and inference: y
- * += residual if not NULL, then y = max(y, 0) if relu.  backward with relu: y is the forward's output, dy counts where
- * y > 0 and is 0 elsewhere; that is written to dresidual if not NULL.
+ *              true
+ *   inference  the same with the mean and var given
+ *   backward   dbias = sum dy, dscale = sum dy * xhat, xhat = (x - mean) / sqrt(var + epsilon),
+ *              dx = scale / sqrt(var + epsilon) * (dy - dbias / n - xhat * dscale / n)
+ *              and, where dmean and dvar (gradients of the outputs mean and var) are given, + dmean / n
+ *              + 2 dvar (x - mean) / n.  Where mask is false dx is scale / sqrt(var + epsilon) * dy; dbias and dscale
+ *              are sums over all elements.
+ *   epilogue   forward and inference: y += residual if not NULL, then y = max(y, 0) if relu.  backward with relu: y is
+ *              the forward's output, dy counts where y > 0 and is 0 elsewhere; that is written to dresidual if not
+ *              NULL.
  *
  * Types.    mean, var, scale, bias and their gradients: contiguous, a value a channel; float, or double with PYREG_F64.
  *           The arithmetic is that of their type, sums are in double, half types are rounded once, at the end.
  * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual: NULL; then their strides are not read.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
- * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and Inf
- * stay in their channel (which NaN, of the many, is not promised). Edges.    A channel without elements, or whose mask
- * is all false: mean and var are NaN. Pass the mean of the forward to backward: it is refined from x, because a float
- * may be a good part of a std off. */
+ * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and
+ *           Inf stay in their channel (which NaN, of the many, is not promised).
+ * Edges.    A channel without elements, or whose mask is all false: mean and var are NaN.
+ * Pass the mean of the forward to backward: it is refined from x, because a float may be a good part of a std off. */
 struct pyreg_batchnorm {
     enum pyreg_dtype dtype;
     int ndim, axis; /* 0 <= axis < ndim */
