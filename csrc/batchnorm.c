@@ -152,7 +152,7 @@ static void sum_tile(const struct batchnorm *bn, struct region r, double *count,
     const bool f64 = bn->args->dtype == PYREG_F64;
     const double extreme = f64 ? extreme_f64 : extreme_f32;
     struct sums s;
-    double origin[BN_COLUMNS] = {0};
+    double origin[BN_COLUMNS];
     bool repeat[BN_COLUMNS], any = false;
     for (size_t c = 0; c < channels; c++) /* a masked element may be anything: no guess */
         origin[c] = f64 && !bn->masked ? *(const double *)view_at(&bn->sums, BN_X, r.outer, r.channel + c, r.inner) : 0;

@@ -133,11 +133,11 @@ def set_bfloat16(dtype):
     bfloat16_num = dtype.num
 
 
-def dtype_code(cnp.ndarray x):
-    """F32, F64, F16 or BF16; -1 if x is of another type, in foreign byte order or not aligned."""
-    if not cnp.PyArray_ISBEHAVED_RO(x):
+def dtype_code(x):
+    """F32, F64, F16 or BF16; -1 if x is not an array or of another dtype, in foreign byte order or not aligned."""
+    if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>x):
         return -1
-    cdef int num = cnp.PyArray_TYPE(x)
+    cdef int num = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if num == cnp.NPY_FLOAT:
         return PYREG_F32
     if num == cnp.NPY_DOUBLE:
@@ -251,7 +251,7 @@ cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double e
     return args
 
 
-def statistics_like(int dtype, cnp.npy_intp channels):
+cdef cnp.ndarray statistics_like(int dtype, cnp.npy_intp channels):
     """A new array for a statistic or a parameter's gradient of data of this dtype."""
     return cnp.PyArray_EMPTY(1, &channels, cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT, 0)
 
@@ -265,9 +265,18 @@ def is_statistic(array, int dtype, cnp.npy_intp channels):
             and cnp.PyArray_TYPE(a) == (cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT))
 
 
+def is_like(array, cnp.ndarray x):
+    """Whether array can be read as it is, as one of the shape and dtype of x."""
+    return (cnp.PyArray_CheckExact(array) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>array, x)
+            and cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.PyArray_TYPE(x)
+            and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>array))
+
+
 def batch_norm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias, mask, residual,
-               cnp.ndarray y, cnp.ndarray mean, cnp.ndarray var):
-    """y, mean, var = batch_norm(x).  scale, bias, mask, residual: or None."""
+               cnp.ndarray y):
+    """y = batch_norm(x); returns its mean and var.  scale, bias, mask, residual: or None."""
+    cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
+    cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
     cdef void *mask_data = data(mask)
     cdef void *residual_data = data(residual)
@@ -280,6 +289,7 @@ def batch_norm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, sc
             residual_data, residual_strides, cnp.PyArray_DATA(y), <const int64_t *>cnp.PyArray_STRIDES(y),
             cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var))
     check(status)
+    return mean, var
 
 
 def batch_norm_inference(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias, residual,
@@ -298,9 +308,10 @@ def batch_norm_inference(int dtype, cnp.ndarray x, int axis, double epsilon, bin
 
 
 def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, double epsilon, bint relu, scale, mask, y,
-                        cnp.ndarray mean, cnp.ndarray var, cnp.ndarray dx, dresidual, cnp.ndarray dscale,
-                        cnp.ndarray dbias):
-    """dx, dscale, dbias and dresidual (or None) = batch_norm_backward(dy, x); y: None without relu."""
+                        cnp.ndarray mean, cnp.ndarray var, cnp.ndarray dx, dresidual):
+    """dx and dresidual (or None) = batch_norm_backward(dy, x); returns dscale and dbias.  y: None without relu."""
+    cdef cnp.ndarray dscale = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
+    cdef cnp.ndarray dbias = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, None)
     cdef void *mask_data = data(mask)
     cdef void *y_data = data(y)
@@ -317,6 +328,7 @@ def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, doub
             <const int64_t *>cnp.PyArray_STRIDES(dx), dresidual_data, dresidual_strides, cnp.PyArray_DATA(dscale),
             cnp.PyArray_DATA(dbias))
     check(status)
+    return dscale, dbias
 
 
 def fail_allocation(long n):

@@ -1,6 +1,7 @@
 """NumPy functions: arguments are checked here, then ``_core`` computes."""
 
 import contextlib
+import math
 import operator
 import os
 from collections.abc import Iterator, Sequence
@@ -35,11 +36,11 @@ _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _c
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
-def _as_input(x: ArrayLike, name: str = "x") -> tuple[Array, int]:
+def _as_input(x: Any, name: str = "x") -> tuple[Array, int]:
     """x as an aligned array in native byte order, and the code of its dtype."""
-    x = np.asarray(x)
     code = _core.dtype_code(x)
     if code < 0:
+        x = np.asarray(x)
         if x.dtype.name == "bfloat16":  # of ml_dtypes, known by name: pyreg does not depend on it
             _core.set_bfloat16(x.dtype)
         if not (x.dtype.isnative and x.flags.aligned):
@@ -349,7 +350,7 @@ def _check_axis(axis: int, ndim: int) -> int:
 
 
 def _check_epsilon(epsilon: float) -> float:
-    if not 0.0 <= epsilon < np.inf:
+    if not 0.0 <= epsilon < math.inf:
         raise ValueError(f"epsilon is {epsilon}; wanted a finite number of 0 or more")
     return epsilon
 
@@ -376,8 +377,8 @@ def _check_statistic(value: ArrayLike | None, code: int, channels: int, name: st
 
 def _check_like(value: ArrayLike | None, x: Array, name: str) -> Any:
     """An array of the shape and dtype of x, aligned; None stays None."""
-    if value is None:
-        return None
+    if value is None or _core.is_like(value, x):
+        return value
     value, _ = _as_input(value, name)
     if value.dtype != x.dtype:
         raise TypeError(f"{name} has dtype {value.dtype}; wanted that of x, {x.dtype}")
@@ -490,8 +491,7 @@ def batch_norm(
     residual = _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
     y = _prepare_out(out, x, (x, residual, mask))
-    mean, var = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
-    _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y, mean, var)
+    mean, var = _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y)
     return _deliver(y, out), mean, var
 
 
@@ -612,8 +612,9 @@ def batch_norm_backward(
     epsilon = _check_epsilon(epsilon)
     dresidual = _core.empty_like(x) if relu else None
     dx = _prepare_out(out, x, (dy, x, y, mask))
-    dscale, dbias = _core.statistics_like(code, channels), _core.statistics_like(code, channels)
-    _core.batch_norm_backward(code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual, dscale, dbias)
+    dscale, dbias = _core.batch_norm_backward(
+        code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual
+    )
     dx = _deliver(dx, out)
     return (dx, dscale, dbias) if dresidual is None else (dx, dscale, dbias, dresidual)
 

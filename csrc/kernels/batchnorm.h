@@ -242,8 +242,9 @@ static ALWAYS_INLINE narrow gated(const elem_t *dy, const elem_t *y) {
 }
 
 /* x, dy, y: (rows, vectors * LANES64) at their strides; sums and shift: (vectors * LANES64). */
-static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_t j, size_t rows, size_t vectors,
-                                               const double *shift, double *sum, double *dbias, double *dscale) {
+static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], ptrdiff_t ahead, size_t j, size_t rows,
+                                               size_t vectors, const double *shift, double *sum, double *dbias,
+                                               double *dscale) {
     const elem_t *x = (const elem_t *)of[0].at + j, *dy = (const elem_t *)of[1].at + j, *y = of[2].at;
     if (y) y += j;
     wide s[UNROLL], b[UNROLL], g[UNROLL], m[UNROLL];
@@ -254,7 +255,6 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_
         m[v] = load_wide(shift + j + v * LANES64);
     }
     for (size_t r = 0; r < rows; r++) {
-        const ptrdiff_t ahead = of[0].stride >= AHEAD ? 2 * VECTORS : AHEAD;
         prefetch(x, vectors * LANES64, ahead);
         prefetch(dy, vectors * LANES64, ahead);
         if (y) prefetch(y, vectors * LANES64, ahead);
@@ -278,13 +278,14 @@ static ALWAYS_INLINE void add_gradient_vectors(const struct bn_rows of[3], size_
 }
 
 /* x, dy, y: (rows, width) at their strides; sums and shift: (width). */
-static ALWAYS_INLINE void add_gradient_rows(struct bn_rows of[3], size_t rows, size_t width, const double *shift,
-                                            double *sum, double *dbias, double *dscale) {
+static ALWAYS_INLINE void add_gradient_rows(struct bn_rows of[3], ptrdiff_t ahead, size_t rows, size_t width,
+                                            const double *shift, double *sum, double *dbias, double *dscale) {
     for (size_t n; rows; rows -= n) {
         n = row_tile(rows, width);
         size_t j = 0;
-        for (; j + VECTORS <= width; j += VECTORS) add_gradient_vectors(of, j, n, UNROLL, shift, sum, dbias, dscale);
-        for (; j + LANES64 <= width; j += LANES64) add_gradient_vectors(of, j, n, 1, shift, sum, dbias, dscale);
+        for (; j + VECTORS <= width; j += VECTORS)
+            add_gradient_vectors(of, ahead, j, n, UNROLL, shift, sum, dbias, dscale);
+        for (; j + LANES64 <= width; j += LANES64) add_gradient_vectors(of, ahead, j, n, 1, shift, sum, dbias, dscale);
         const elem_t *x = of[0].at, *dy = of[1].at, *y = of[2].at;
         for (; j < width; j++)
             for (ptrdiff_t r = 0; r < (ptrdiff_t)n; r++) {
@@ -305,7 +306,7 @@ static ALWAYS_INLINE void add_gradient_block(const struct bn_block *b, bool relu
     const size_t n = b->period, whole = b->length / n, rest = b->length - whole * n;
     if (b->lines == 1 && b->length == n) {
         struct bn_rows of[3] = {b->of[BN_X], b->of[BN_DY], relu ? b->of[BN_Y] : (struct bn_rows){NULL, 0}};
-        add_gradient_rows(of, b->rows, n, shift, sum, dbias, dscale);
+        add_gradient_rows(of, of[0].stride >= AHEAD ? 2 * VECTORS : AHEAD, b->rows, n, shift, sum, dbias, dscale);
         return;
     }
     for (size_t r = 0; r < b->rows; r++)
@@ -313,9 +314,12 @@ static ALWAYS_INLINE void add_gradient_block(const struct bn_block *b, bool relu
             const size_t k = l * n, j = l * b->length;
             elem_t *x = row(b, BN_X, r) + j, *dy = row(b, BN_DY, r) + j, *y = relu ? row(b, BN_Y, r) + j : NULL;
             struct bn_rows of[3] = {{x, (ptrdiff_t)n}, {dy, (ptrdiff_t)n}, {y, (ptrdiff_t)n}};
-            add_gradient_rows(of, whole, n, shift + k, sum + k, dbias + k, dscale + k);
+            const size_t last = at_most(whole, AHEAD / n); /* periods whose prefetch is the next row's line */
+            add_gradient_rows(of, AHEAD, whole - last, n, shift + k, sum + k, dbias + k, dscale + k);
+            add_gradient_rows(of, b->of[BN_X].stride - (ptrdiff_t)((whole - last) * n), last, n, shift + k, sum + k,
+                              dbias + k, dscale + k);
             struct bn_rows tail[3] = {{x + whole * n, 0}, {dy + whole * n, 0}, {relu ? y + whole * n : NULL, 0}};
-            add_gradient_rows(tail, 1, rest, shift + k, sum + k, dbias + k, dscale + k);
+            add_gradient_rows(tail, 0, 1, rest, shift + k, sum + k, dbias + k, dscale + k);
         }
 }
 
