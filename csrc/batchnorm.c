@@ -10,6 +10,10 @@
 
 #include <math.h>
 
+/* Lines of 7 x 7 are summed 1.5 times faster as rows of columns, which have no ends; but swept faster as lines, which
+ * have one coefficient. */
+enum { LONG_LINE = 64, SWEPT_LINE = 32 };
+
 /* A piece: long enough that its few dozen flops a channel do not count, short enough to stay in a core's own cache. */
 enum { PIECE = 32768, ROW_PIECE = 65536, MIN_ROWS = 128 };
 
@@ -394,8 +398,8 @@ static enum pyreg_status check(const struct pyreg_batchnorm *args, size_t *eleme
 static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, const struct operand *swept,
                              size_t elements, double ns) {
     const struct pyreg_batchnorm *args = bn->args;
-    view_init(&bn->sums, args->ndim, args->shape, args->axis, sums, BN_X);
-    view_init(&bn->apply, args->ndim, args->shape, args->axis, swept, BN_X);
+    view_init(&bn->sums, args->ndim, args->shape, args->axis, sums, BN_X, bn->pass->sum ? LONG_LINE : SWEPT_LINE);
+    view_init(&bn->apply, args->ndim, args->shape, args->axis, swept, BN_X, SWEPT_LINE);
     bn->kernels = dispatch_kernels(args->dtype);
     bn->masked = bn->sums.size[BN_MASK];
     bn->sums_grid = grid_of(&bn->sums);
@@ -421,7 +425,8 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     const size_t threads = work_ns > 100e3 ? (size_t)pyreg_get_num_threads() : 1;
     /* Lines of a channel are worth finishing while they are in the cache, if all threads find enough of them. */
     const struct grid *g = &bn->sums_grid;
-    const bool tiled = g->tiles * g->pieces == 1 || (bn->sums.line && (threads == 1 || g->tiles >= 4 * threads));
+    const bool tiled = g->tiles * g->pieces == 1 ||
+                       ((bn->sums.line || bn->sums.inner > 1) && (threads == 1 || g->tiles >= 4 * threads));
     if (tiled) {
         phases[num++] = (struct phase){bn->sums_grid.tiles, tile_chunk};
     } else {

@@ -4,8 +4,7 @@
 
 /* ---- View -------------------------------------------------------------------------------------------------------- */
 
-/* A line this long or longer is taken alone, 32 columns side by side; shorter ones together with the other channels'.
- */
+/* Columns side by side of a line, and of a row of fewer elements than SHORT_ROW. */
 enum { LINE_PHASES = 32, ROW_PHASES = 32, SHORT_ROW = 16 };
 
 /* Inner dims of stride 0 repeat the same elements: they go outermost. */
@@ -20,7 +19,7 @@ static bool one_dim(const struct view *v, const struct view_dim *out, const stru
 }
 
 void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const struct operand *operands,
-               enum bn_operand first) {
+               enum bn_operand first, size_t long_line) {
     struct view_dim dims[PYREG_MAX_DIMS];
     int num = 0;
     for (int k = 0; k < BN_OPERANDS; k++) {
@@ -65,7 +64,7 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
     if (inside < num) v->inner_dim = v->outer_dim[--v->num_outer];
     v->inner = v->inner_dim.length;
     for (int d = 0; d < v->num_outer; d++) v->outer *= v->outer_dim[d].length;
-    v->line = v->channels == 1 || v->inner >= LINE_PHASES;
+    v->line = v->channels == 1 || v->inner >= long_line;
     v->phases = v->line ? LINE_PHASES : v->channels * v->inner < SHORT_ROW ? ROW_PHASES : 1;
 }
 

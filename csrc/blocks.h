@@ -32,9 +32,10 @@ struct operand {
     bool output;
 };
 
-/* operands: BN_OPERANDS of them; the order of dims is that of `first`. */
+/* operands: BN_OPERANDS of them; the order of dims is that of `first`.  An inner dim of long_line elements or more is
+ * taken as a line, a shorter one together with the other channels'. */
 void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const struct operand *operands,
-               enum bn_operand first);
+               enum bn_operand first, size_t long_line);
 
 /* A part of the view. */
 struct region {
