@@ -33,7 +33,8 @@ SHAPES = [  # shape, axis: why
     ((3, 4, 5, 6), 2),
     ((3, 2, 4, 31), 1),  # just not a line
     ((3, 2, 4, 8), 1),  # 32: just a line
-    ((5, 30, 7, 7), 1),  # several lines in a block, a tail
+    ((5, 30, 7, 7), 1),  # summed as rows, swept as lines
+    ((5, 30, 9, 9), 1),  # several lines in a block, a tail
     ((2, 3, 40, 37), 1),
     ((2, 3, 200, 300), 1),  # a line in several pieces
     ((40_000, 3), 1),  # a channel in several pieces
