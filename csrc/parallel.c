@@ -74,8 +74,15 @@ const char *pyreg_openmp_library(void) {
 
 /* ---- Interrupts -------------------------------------------------------------------------------------------------- */
 static bool (*_Atomic interrupt_check)(void);
+static _Thread_local bool no_interrupts;
 
 void pyreg_set_interrupt_check(bool (*check)(void)) { atomic_store(&interrupt_check, check); }
+
+bool pyreg_allow_interrupts(bool allow) {
+    bool before = !no_interrupts;
+    no_interrupts = !allow;
+    return before;
+}
 
 uint64_t clock_ns(void) {
     struct timespec t;
@@ -87,7 +94,7 @@ static const uint64_t interrupt_every_ns = 50000000, never = UINT64_MAX;
 
 static bool interrupted(uint64_t *next) { /* only ever called by the thread that called us */
     bool (*check)(void) = atomic_load_explicit(&interrupt_check, memory_order_relaxed);
-    if (!check || *next == never || clock_ns() < *next) return false;
+    if (!check || no_interrupts || *next == never || clock_ns() < *next) return false;
     bool stop = check();
     *next = clock_ns() + interrupt_every_ns;
     return stop;

@@ -140,6 +140,7 @@ int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  R
 
 /* Long calls ask this, from the calling thread, about every 50 ms; they stop when it returns true. */
 void pyreg_set_interrupt_check(bool (*check)(void));
+bool pyreg_allow_interrupts(bool allow); /* do calls from this thread ask?  Returns the previous value, true at first */
 
 /* ---- Tests ------------------------------------------------------------------------------------------------------
  * The n-th allocation of scratch memory from now fails, once; 0: none does. */

@@ -1,6 +1,7 @@
 """What was built, and what it runs on."""
 
 import os
+import sys
 from typing import Any, Literal
 
 from pyreg import _core
@@ -19,7 +20,9 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode is {mode!r}; wanted 'stdout' or 'dicts'")
-    config = {"version": __version__, **_core.config()}
+    used = sys.modules.get("pyreg.jax._backend")  # only who uses JAX has it
+    built = f"{'built' if _core.ffi_handlers() else 'not built'} with FFI"
+    config = {"version": __version__, **_core.config(), "jax": used.describe() if used else built}
     if mode == "dicts":
         return config
     rows = {
@@ -28,6 +31,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
         "OpenMP": f"{config['openmp']}, {os.path.basename(config['openmp_library'])}",
         "threads": config["threads"],
         "last-level cache": f"{config['cache_bytes'] / 2**20:.1f} MiB",
+        "JAX": config["jax"],
     }
     print(f"pyreg {config['version']}")
     for name, value in rows.items():

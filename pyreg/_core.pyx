@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Occurred
+from cpython.pycapsule cimport PyCapsule_New
 
 cnp.import_array()
 
@@ -93,6 +94,13 @@ cdef extern from "pyreg.h" nogil:
     int pyreg_openmp_version()
     const char *pyreg_openmp_library()
     size_t pyreg_cache_bytes()
+
+
+cdef extern from "ffi.h" nogil:
+    struct pyreg_ffi_handler:
+        const char *name
+        void *handler
+    const pyreg_ffi_handler *pyreg_ffi_handlers
 
 
 F32, F64, F16, BF16 = PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16
@@ -377,6 +385,15 @@ def isa_available():
 def use_isa(str name):
     """Change the instruction set of the process: for tests and benchmarks, not while other threads compute."""
     check(pyreg_use_isa(name.encode()))
+
+
+def ffi_handlers():
+    """XLA's handlers by name, as capsules; none in a build without XLA's headers."""
+    handlers, i = {}, 0
+    while pyreg_ffi_handlers[i].name != NULL:
+        handlers[pyreg_ffi_handlers[i].name.decode()] = PyCapsule_New(pyreg_ffi_handlers[i].handler, NULL, NULL)
+        i += 1
+    return handlers
 
 
 def config():

@@ -1,0 +1,118 @@
+/* XLA's handlers: decode the call, call pyreg.h, translate the status.  XLA calls them from its own threads, several at
+ * once, with subnormals flushed to zero; parallel.c takes that mode into its workers. */
+#include "ffi.h"
+
+#include "pyreg.h"
+
+#include "xla/ffi/api/ffi.h"
+
+#include <vector>
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+/* Signals are Python's, and these are not Python's threads. */
+class NoInterrupts {
+    bool before = pyreg_allow_interrupts(false);
+
+  public:
+    ~NoInterrupts() { pyreg_allow_interrupts(before); }
+};
+
+ffi::Error error_of(pyreg_status status) {
+    if (status == PYREG_OK) return ffi::Error::Success();
+    auto code = status == PYREG_NO_MEMORY ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInvalidArgument;
+    return ffi::Error(code, pyreg_strerror(status));
+}
+
+pyreg_dtype dtype_of(ffi::AnyBuffer x) {
+    switch (x.element_type()) {
+    case ffi::DataType::F32: return PYREG_F32;
+    case ffi::DataType::F64: return PYREG_F64;
+    case ffi::DataType::F16: return PYREG_F16;
+    case ffi::DataType::BF16: return PYREG_BF16;
+    default: return PYREG_NUM_DTYPES; /* refused by pyreg_* */
+    }
+}
+
+using Dims = ffi::Span<const int64_t>;
+
+/* Strides of a dense array in C order, in steps of `size`. */
+std::vector<int64_t> strides_of(Dims dims, size_t size) {
+    std::vector<int64_t> strides(dims.size());
+    int64_t step = static_cast<int64_t>(size);
+    for (size_t d = dims.size(); d-- > 0; step *= dims[d]) strides[d] = step;
+    return strides;
+}
+
+size_t bytes_of(ffi::AnyBuffer x) { return ffi::ByteWidth(x.element_type()); }
+
+char *at(ffi::AnyBuffer x, int64_t offset) { return static_cast<char *>(x.untyped_data()) + offset; }
+
+/* ---- Dropout ----------------------------------------------------------------------------------------------------- */
+
+/* x, y: (batch..., inner...); key: (batch..., 2), 1 in place of a batch dim that shares its mask.
+ * window: (2, number of inner dims): where x begins in the array that the mask is for, and the mask's shape there, 1 for
+ * a dim along which it is broadcast. */
+ffi::Error dropout(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> key, ffi::Buffer<ffi::S32> window,
+                   ffi::Result<ffi::AnyBuffer> y, int64_t generator, double rate) {
+    const NoInterrupts guard;
+    const Dims dims = x.dimensions(), key_dims = key.dimensions();
+    const size_t inner = static_cast<size_t>(window.dimensions()[1]), batch = dims.size() - inner;
+    const int32_t *start = window.typed_data(), *mask_shape = start + inner;
+    if (x.element_count() == 0) return ffi::Error::Success();
+
+    const auto strides = strides_of(dims, bytes_of(x)), key_strides = strides_of(key_dims, 1);
+    std::vector<int64_t> shape, x_strides, mask_strides, count, x_step, key_step; /* of one key; over the keys */
+    uint64_t offset = 0;
+    for (size_t d = 0; d < batch; d++)
+        if (key_dims[d] == dims[d] && dims[d] != 1) {
+            count.push_back(dims[d]), x_step.push_back(strides[d]), key_step.push_back(key_strides[d]);
+        } else {
+            shape.push_back(dims[d]), x_strides.push_back(strides[d]), mask_strides.push_back(0);
+        }
+    const size_t first = shape.size();
+    shape.resize(first + inner), x_strides.resize(first + inner), mask_strides.resize(first + inner);
+    int64_t step = 1;
+    for (size_t d = inner; d-- > 0; step *= mask_shape[d]) {
+        shape[first + d] = dims[batch + d];
+        x_strides[first + d] = strides[batch + d];
+        mask_strides[first + d] = mask_shape[d] == 1 ? 0 : step;
+        if (mask_shape[d] != 1) offset += static_cast<uint64_t>(start[d]) * static_cast<uint64_t>(step);
+    }
+
+    pyreg_mask mask = {static_cast<pyreg_generator>(generator), {0, 0}, rate, offset};
+    std::vector<int64_t> index(count.size(), 0);
+    for (int64_t x_at = 0, key_at = 0;;) {
+        mask.key[0] = key.typed_data()[key_at], mask.key[1] = key.typed_data()[key_at + 1];
+        const pyreg_status status =
+            pyreg_dropout(dtype_of(x), &mask, true, static_cast<int>(shape.size()), shape.data(), at(x, x_at),
+                          x_strides.data(), at(*y, x_at), x_strides.data(), mask_strides.data());
+        if (status != PYREG_OK) return error_of(status);
+        size_t d = index.size();
+        for (; d > 0; d--) { /* the next key */
+            x_at += x_step[d - 1], key_at += key_step[d - 1];
+            if (++index[d - 1] < count[d - 1]) break;
+            x_at -= count[d - 1] * x_step[d - 1], key_at -= count[d - 1] * key_step[d - 1];
+            index[d - 1] = 0;
+        }
+        if (d == 0) return ffi::Error::Success();
+    }
+}
+
+XLA_FFI_DEFINE_HANDLER(dropout_handler, dropout,
+                       ffi::Ffi::Bind()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::Buffer<ffi::U32>>()
+                           .Arg<ffi::Buffer<ffi::S32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("generator")
+                           .Attr<double>("rate"));
+
+} // namespace
+
+extern "C" const pyreg_ffi_handler pyreg_ffi_handlers[] = {
+    {"pyreg_dropout_v1", reinterpret_cast<void *>(dropout_handler)},
+    {nullptr, nullptr},
+};

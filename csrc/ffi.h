@@ -1,0 +1,24 @@
+/* XLA's handlers of the ops, for jax.ffi.register_ffi_target.  Only in builds that found XLA's headers (PYREG_FFI). */
+#ifndef PYREG_FFI_H
+#define PYREG_FFI_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct pyreg_ffi_handler {
+    const char *name; /* NULL ends the list.  Exported programs keep it: what an operand or attribute means is frozen */
+    void *handler;
+};
+
+#ifdef PYREG_FFI
+extern const struct pyreg_ffi_handler pyreg_ffi_handlers[];
+#else
+static const struct pyreg_ffi_handler pyreg_ffi_handlers[] = {{0}};
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

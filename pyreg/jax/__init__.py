@@ -1,0 +1,3 @@
+"""JAX ops: dropout and batch-norm under every transform."""
+
+from pyreg.jax._dropout import dropout as dropout

@@ -1,0 +1,138 @@
+"""What the primitives of pyreg.jax share: evaluation outside jit, and lowering by backend and sharding."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pyreg.jax import _backend
+
+Function = Callable[..., Sequence[Any]]  # operands -> results, parameters by keyword
+
+try:  # else a program does not tell its devices to the lowering of a primitive, and shards are gathered
+    from jax._src.dispatch import prim_requires_devices_during_lowering as _need_devices
+except ImportError:
+    _need_devices = set()
+    _CAN_PARTITION = False
+else:
+    _CAN_PARTITION = True
+
+
+class Partition(NamedTuple):
+    """How an op is cut into shards: the dims of its operands and results by name, and what each device then computes.
+
+    Dims of one name are cut alike, as the first operand is; names that it lacks are not cut.
+    """
+
+    names: Callable[..., tuple[list[list[str]], list[list[str]]]]  # (*avals, **params) -> of operands, of results
+    compute: Callable[..., Sequence[Any]]  # (axes, avals, *shards, **params); axes: mesh axes that cut a name
+    whole: Callable[..., set[str]] = lambda **_: set()  # (**params) -> names that must not be cut
+
+
+def define(
+    name: str,
+    abstract: Callable[..., Any],
+    reference: Function,
+    native: Function,
+    callback: Function,
+    partition: Partition,
+    has_kernel: Callable[..., bool] = lambda **_: True,
+) -> Primitive:
+    """A primitive with several results.
+
+    abstract : (avals, params) -> result avals.
+    reference : in JAX operations; for every platform.
+    native : by FFI; for CPUs.
+    callback : with NumPy arrays, returns NumPy arrays.
+    partition : of `native`.
+    has_kernel : params -> whether it is `native` and `callback` for them, too; else the reference is all there is.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract)
+
+    @functools.lru_cache(maxsize=1024)
+    def compiled(**params: Any) -> Any:
+        return jax.jit(functools.partial(primitive.bind, **params))
+
+    def evaluate(*args: Any, **params: Any) -> Any:
+        with jax.disable_jit(False):
+            return compiled(**params)(*args)
+
+    primitive.def_impl(evaluate)
+
+    def by_callback(*args: Any, **params: Any) -> Any:
+        avals = abstract(*map(jax.typeof, args), **params)
+        return jax.pure_callback(functools.partial(callback, **params), avals, *args)
+
+    def lower_cpu(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        functions: dict[str, Function] = {"ffi": native, "jax": reference, "callback": by_callback}
+        backend = _backend.backend() if has_kernel(**params) else "jax"
+        function: Function = functools.partial(functions[backend], **params)
+        if backend == "ffi" and _on_several_devices(ctx):
+            function = _partitioned(function, partition, params)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+    _need_devices.add(primitive)
+    mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True))
+    mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+    return primitive
+
+
+# ---- Shards ----------------------------------------------------------------------------------------------------------
+
+
+def _on_several_devices(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA will partition the program.  Not inside shard_map and pmap, and not for export, which has no room for
+    the Python function that partitions."""
+    context: Any = ctx.module_context.axis_context
+    exported = ctx.module_context.lowering_parameters.for_export
+    return _CAN_PARTITION and not exported and hasattr(context, "device_assignment") and context.num_devices > 1
+
+
+def _partitioned(native: Function, partition: Partition, params: dict[str, Any]) -> Function:
+    """``native``, with the rule for shards."""
+
+    def axes_of(operand: Any, names: list[str]) -> dict[str, Any]:
+        spec = tuple(operand.sharding.spec)
+        axes = dict(zip(names, spec + (None,) * (len(names) - len(spec)), strict=True))
+        return {name: a for name, a in axes.items() if a is not None and name not in partition.whole(**params)}
+
+    def shardings(mesh: Any, arg_shapes: Any) -> tuple[dict[str, Any], tuple[NamedSharding, ...], list[NamedSharding]]:
+        operands, results = partition.names(*arg_shapes, **params)
+        axes = axes_of(arg_shapes[0], operands[0])
+        of = [NamedSharding(mesh, PartitionSpec(*(axes.get(n) for n in names))) for names in operands + results]
+        return axes, tuple(of[: len(operands)]), of[len(operands) :]
+
+    def partition_(mesh: Any, arg_shapes: Any, _: Any) -> Any:
+        axes, operands, results = shardings(mesh, arg_shapes)
+        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arg_shapes]
+
+        def lower(*shards: Any) -> Sequence[Any]:
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                return partition.compute(axes, avals, *shards, **params)
+
+        return mesh, lower, results, operands
+
+    def infer(mesh: Any, arg_shapes: Any, _: Any) -> list[NamedSharding]:
+        return shardings(mesh, arg_shapes)[2]
+
+    def rule(mesh: Any, operands: Any, results: Any) -> tuple[str, dict[str, Any]]:
+        names = partition.names(*map(_shape, operands), **params)
+        text = [", ".join(" ".join(dims) for dims in side) for side in names]
+        first = set(names[0][0])
+        whole = partition.whole(**params) | {n for side in names for dims in side for n in dims if n not in first}
+        return " -> ".join(text), {"need_replication_factors": tuple(sorted(whole))}
+
+    function = custom_partitioning(lambda *args: list(native(*args)))
+    function.def_partition(partition_, infer_sharding_from_operands=infer, sharding_rule=rule)
+    return function
+
+
+def _shape(value_type: Any) -> Any:
+    return jax.ShapeDtypeStruct(tuple(value_type.shape), jax.numpy.float32)
