@@ -41,7 +41,7 @@ struct batchnorm {
     void *mean_out, *var_out, *dscale_out, *dbias_out;
     struct view sums, apply; /* what the sums read; what the elementwise sweep reads and writes */
     struct grid sums_grid, apply_grid;
-    bool masked, stream;
+    bool masked, stream, swept;             /* swept: there is an output to be written */
     double *partial;                        /* (pieces, NUM_SUMS, channels) */
     double *centre, *gain, *slope, *offset; /* (channels) */
 };
@@ -374,7 +374,7 @@ static void tile_chunk(void *work, size_t chunk) {
     for (size_t p = 0; bn->pass->sum && p < g->pieces; p++) bn->pass->sum(bn, p, c, end);
     merge(bn, c, end);
     bn->pass->finish(bn, c, end);
-    for (size_t p = bn->apply_grid.pieces; p-- > 0;) apply(bn, p, c, end);
+    for (size_t p = bn->swept ? bn->apply_grid.pieces : 0; p-- > 0;) apply(bn, p, c, end);
 }
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------- */
@@ -402,6 +402,7 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     view_init(&bn->apply, args->ndim, args->shape, args->axis, swept, BN_X, SWEPT_LINE);
     bn->kernels = dispatch_kernels(args->dtype);
     bn->masked = bn->sums.size[BN_MASK];
+    bn->swept = bn->apply.size[BN_Y] || bn->apply.size[BN_DX];
     bn->sums_grid = grid_of(&bn->sums);
     bn->apply_grid = grid_of(&bn->apply);
 
@@ -432,7 +433,7 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     } else {
         if (bn->pass->sum) phases[num++] = (struct phase){bn->sums_grid.pieces * bn->sums_grid.tiles, sum_chunk};
         phases[num++] = (struct phase){divide_up(channels, FINISH_CHANNELS), finish_chunk};
-        phases[num++] = (struct phase){bn->apply_grid.pieces * bn->apply_grid.tiles, apply_chunk};
+        if (bn->swept) phases[num++] = (struct phase){bn->apply_grid.pieces * bn->apply_grid.tiles, apply_chunk};
     }
     enum pyreg_status status = parallel_run(phases, num, bn, work_ns);
     memory_free(scratch);

@@ -110,9 +110,117 @@ XLA_FFI_DEFINE_HANDLER(dropout_handler, dropout,
                            .Attr<int64_t>("generator")
                            .Attr<double>("rate"));
 
+/* ---- Batch-norm --------------------------------------------------------------------------------------------------
+ * All operands have the same leading batch dims, of problems of their own.  Behind them x and what is like it have the
+ * array's dims, statistics and parameters one.  An operand without elements is absent. */
+
+using Bools = ffi::Buffer<ffi::PRED>;
+
+/* A batch of problems, and the sizes of one. */
+struct Problems {
+    ffi::AnyBuffer x;
+    Dims shape;
+    std::vector<int64_t> strides, mask_strides;
+    int64_t count = 1, elements = 1, channels;
+    pyreg_batchnorm args;
+
+    Problems(ffi::AnyBuffer x, size_t batch, int64_t axis, double epsilon, bool relu)
+        : x(x), shape(x.dimensions().last(x.dimensions().size() - batch)), strides(strides_of(shape, bytes_of(x))),
+          mask_strides(strides_of(shape, 1)), channels(shape[static_cast<size_t>(axis)]),
+          args{dtype_of(x),
+               static_cast<int>(shape.size()),
+               static_cast<int>(axis),
+               shape.begin(),
+               epsilon,
+               relu,
+               nullptr,
+               nullptr} {
+        for (size_t d = 0; d < batch; d++) count *= x.dimensions()[d];
+        for (int64_t n : shape) elements *= n;
+    }
+
+    /* Operands of problem i; NULL if absent. */
+    char *array(ffi::AnyBuffer a, int64_t i) const { return of(a, i * elements); }
+    char *channel_values(ffi::AnyBuffer a, int64_t i) const { return of(a, i * channels); }
+    const bool *mask(Bools a, int64_t i) const { return a.element_count() ? a.typed_data() + i * elements : nullptr; }
+
+  private:
+    static char *of(ffi::AnyBuffer a, int64_t offset) {
+        return a.element_count() ? at(a, offset * static_cast<int64_t>(bytes_of(a))) : nullptr;
+    }
+};
+
+ffi::Error batch_norm_forward(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, Bools mask,
+                              ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
+                              ffi::Result<ffi::AnyBuffer> var, int64_t axis, double epsilon, bool relu) {
+    const NoInterrupts guard;
+    Problems p(x, mean->dimensions().size() - 1, axis, epsilon, relu);
+    for (int64_t i = 0; i < p.count; i++) {
+        p.args.scale = p.channel_values(scale, i), p.args.bias = p.channel_values(bias, i);
+        const pyreg_status status = pyreg_batchnorm_forward(
+            &p.args, p.array(x, i), p.strides.data(), p.mask(mask, i), p.mask_strides.data(), p.array(residual, i),
+            p.strides.data(), p.array(*y, i), p.strides.data(), p.channel_values(*mean, i), p.channel_values(*var, i));
+        if (status != PYREG_OK) return error_of(status);
+    }
+    return ffi::Error::Success();
+}
+
+ffi::Error batch_norm_backward(ffi::AnyBuffer dy, ffi::AnyBuffer dmean, ffi::AnyBuffer dvar, ffi::AnyBuffer x,
+                               ffi::AnyBuffer mean, ffi::AnyBuffer var, ffi::AnyBuffer scale, Bools mask,
+                               ffi::AnyBuffer y, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
+                               ffi::Result<ffi::AnyBuffer> dbias, ffi::Result<ffi::AnyBuffer> dresidual, int64_t axis,
+                               double epsilon) {
+    const NoInterrupts guard;
+    Problems p(x, mean.dimensions().size() - 1, axis, epsilon, y.element_count() > 0);
+    for (int64_t i = 0; i < p.count; i++) {
+        p.args.scale = p.channel_values(scale, i);
+        const pyreg_status status = pyreg_batchnorm_backward(
+            &p.args, p.array(dy, i), p.strides.data(), p.array(x, i), p.strides.data(), p.mask(mask, i),
+            p.mask_strides.data(), p.array(y, i), p.strides.data(), p.channel_values(mean, i), p.channel_values(var, i),
+            p.channel_values(dmean, i), p.channel_values(dvar, i), p.array(*dx, i), p.strides.data(),
+            p.array(*dresidual, i), p.strides.data(), p.channel_values(*dscale, i), p.channel_values(*dbias, i));
+        if (status != PYREG_OK) return error_of(status);
+    }
+    return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(batch_norm_forward_handler, batch_norm_forward,
+                       ffi::Ffi::Bind()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<Bools>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("axis")
+                           .Attr<double>("epsilon")
+                           .Attr<bool>("relu"));
+
+XLA_FFI_DEFINE_HANDLER(batch_norm_backward_handler, batch_norm_backward,
+                       ffi::Ffi::Bind()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<Bools>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("axis")
+                           .Attr<double>("epsilon"));
+
 } // namespace
 
 extern "C" const pyreg_ffi_handler pyreg_ffi_handlers[] = {
     {"pyreg_dropout_v1", reinterpret_cast<void *>(dropout_handler)},
+    {"pyreg_batch_norm_forward_v1", reinterpret_cast<void *>(batch_norm_forward_handler)},
+    {"pyreg_batch_norm_backward_v1", reinterpret_cast<void *>(batch_norm_backward_handler)},
     {nullptr, nullptr},
 };

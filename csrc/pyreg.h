@@ -101,6 +101,7 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  * Types.    mean, var, scale, bias and their gradients: contiguous, a value a channel; float, or double with PYREG_F64.
  *           The arithmetic is that of their type, sums are in double, half types are rounded once, at the end.
  * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual: NULL; then their strides are not read.
+ *           y of the forward: NULL for mean and var alone.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
  * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and

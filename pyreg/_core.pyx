@@ -316,7 +316,7 @@ def batch_norm_inference(int dtype, cnp.ndarray x, int axis, double epsilon, bin
 
 
 def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, double epsilon, bint relu, scale, mask, y,
-                        cnp.ndarray mean, cnp.ndarray var, cnp.ndarray dx, dresidual):
+                        cnp.ndarray mean, cnp.ndarray var, cnp.ndarray dx, dresidual, dmean=None, dvar=None):
     """dx and dresidual (or None) = batch_norm_backward(dy, x); returns dscale and dbias.  y: None without relu."""
     cdef cnp.ndarray dscale = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray dbias = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
@@ -324,6 +324,8 @@ def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, doub
     cdef void *mask_data = data(mask)
     cdef void *y_data = data(y)
     cdef void *dresidual_data = data(dresidual)
+    cdef void *dmean_data = data(dmean)
+    cdef void *dvar_data = data(dvar)
     cdef const int64_t *mask_strides = strides(mask)
     cdef const int64_t *y_strides = strides(y)
     cdef const int64_t *dresidual_strides = strides(dresidual)
@@ -332,7 +334,7 @@ def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, doub
         status = pyreg_batchnorm_backward(
             &args, cnp.PyArray_DATA(dy), <const int64_t *>cnp.PyArray_STRIDES(dy), cnp.PyArray_DATA(x),
             <const int64_t *>cnp.PyArray_STRIDES(x), <const c_bool *>mask_data, mask_strides, y_data, y_strides,
-            cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var), NULL, NULL, cnp.PyArray_DATA(dx),
+            cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var), dmean_data, dvar_data, cnp.PyArray_DATA(dx),
             <const int64_t *>cnp.PyArray_STRIDES(dx), dresidual_data, dresidual_strides, cnp.PyArray_DATA(dscale),
             cnp.PyArray_DATA(dbias))
     check(status)

@@ -1,3 +1,5 @@
 """JAX ops: dropout and batch-norm under every transform."""
 
+from pyreg.jax._batch_norm import batch_norm as batch_norm
+from pyreg.jax._batch_norm import batch_norm_inference as batch_norm_inference
 from pyreg.jax._dropout import dropout as dropout

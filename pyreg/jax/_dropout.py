@@ -222,14 +222,6 @@ def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
     return jax.random.key_data(key), "jax", key_impl
 
 
-def _vary_alike(x: Any, words: Any) -> tuple[Any, Any]:
-    """Under shard_map: operands that vary over the same mesh axes, so that the gradient is summed where x did not."""
-    axes: list[frozenset[str]] = [getattr(jax.typeof(a), "vma", frozenset()) for a in (x, words)]
-    missing = [tuple(sorted(frozenset().union(*axes) - have)) for have in axes]
-    x, words = (lax.pcast(a, more, to="varying") if more else a for a, more in zip((x, words), missing, strict=True))
-    return x, words
-
-
 def dropout(
     x: jax.typing.ArrayLike,
     rate: float = 0.5,
@@ -290,9 +282,7 @@ def dropout(
     rate = _ops._check_rate(rate)
     if impl not in ("auto", "philox"):
         raise ValueError(f"impl is {impl!r}; wanted 'auto' or 'philox'")
-    x = jnp.asarray(x)
-    if x.dtype not in (jnp.float32, jnp.float64, jnp.float16, jnp.bfloat16):
-        raise TypeError(f"x has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
+    x = _primitive.check_array(x)
     mask_shape = _ops._mask_shape(x.shape, broadcast_dims)
     if deterministic or rate == 0.0:
         return x
@@ -302,6 +292,6 @@ def dropout(
     broadcast = tuple(m == 1 for m in mask_shape)
     partitionable = _flag("jax_threefry_partitionable")
     mask = Mask(rate, generator, broadcast, key_impl, partitionable) if key_impl else Mask(rate, generator, broadcast)
-    x, words = _vary_alike(x, words)
+    x, words = _primitive.vary_alike(x, words)
     y: jax.Array = dropout_p.bind(x, words, mask=mask)[0]
     return y

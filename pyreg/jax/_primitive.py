@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -38,12 +40,12 @@ def define(
     name: str,
     abstract: Callable[..., Any],
     reference: Function,
-    native: Function,
-    callback: Function,
-    partition: Partition,
+    native: Function | None = None,
+    callback: Function | None = None,
+    partition: Partition | None = None,
     has_kernel: Callable[..., bool] = lambda **_: True,
 ) -> Primitive:
-    """A primitive with several results.
+    """A primitive with several results; without a kernel it is the reference everywhere.
 
     abstract : (avals, params) -> result avals.
     reference : in JAX operations; for every platform.
@@ -67,14 +69,15 @@ def define(
     primitive.def_impl(evaluate)
 
     def by_callback(*args: Any, **params: Any) -> Any:
+        assert callback is not None
         avals = abstract(*map(jax.typeof, args), **params)
         return jax.pure_callback(functools.partial(callback, **params), avals, *args)
 
     def lower_cpu(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
-        functions: dict[str, Function] = {"ffi": native, "jax": reference, "callback": by_callback}
-        backend = _backend.backend() if has_kernel(**params) else "jax"
+        backend = _backend.backend() if native and has_kernel(**params) else "jax"
+        functions: dict[str, Any] = {"ffi": native, "jax": reference, "callback": by_callback}
         function: Function = functools.partial(functions[backend], **params)
-        if backend == "ffi" and _on_several_devices(ctx):
+        if backend == "ffi" and partition and _on_several_devices(ctx):
             function = _partitioned(function, partition, params)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
 
@@ -82,6 +85,34 @@ def define(
     mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True))
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
     return primitive
+
+
+# ---- Operands --------------------------------------------------------------------------------------------------------
+
+
+def check_array(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    if x.dtype not in (jnp.float32, jnp.float64, jnp.float16, jnp.bfloat16):
+        raise TypeError(f"x has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
+    array: jax.Array = x
+    return array
+
+
+def _varying(aval: Any) -> frozenset[str]:
+    """Mesh axes of shard_map over which a value varies; JAX 0.9 has another name for it."""
+    kind = getattr(aval, "manual_axis_type", None)
+    axes: frozenset[str] = kind.varying if kind is not None else getattr(aval, "vma", frozenset())
+    return axes
+
+
+def vary_alike(*operands: Any) -> list[Any]:
+    """Under shard_map: operands that vary over the same mesh axes, so that the gradient is summed where one did not."""
+    axes = [_varying(jax.typeof(a)) for a in operands]
+    every = frozenset[str]().union(*axes)
+    return [
+        lax.pcast(a, tuple(sorted(every - have)), to="varying") if every - have else a
+        for a, have in zip(operands, axes, strict=True)
+    ]
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
@@ -135,4 +166,4 @@ def _partitioned(native: Function, partition: Partition, params: dict[str, Any])
 
 
 def _shape(value_type: Any) -> Any:
-    return jax.ShapeDtypeStruct(tuple(value_type.shape), jax.numpy.float32)
+    return jax.ShapeDtypeStruct(tuple(value_type.shape), jnp.float32)

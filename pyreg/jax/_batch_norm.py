@@ -1,0 +1,524 @@
+"""Batch-norm as JAX primitives: forward and backward are kernels, other derivatives JAX operations.
+
+forward   x, scale, bias, [mask], [residual]                                 -> [y], mean, var
+tangent   dx, dscale, dbias, [dresidual]; x, mean, var, scale, [mask], [y]   -> [dy], dmean, dvar
+backward  its transpose: [dy], dmean, dvar; x, mean, var, scale, [mask], [y] -> dx, dscale, dbias, [dresidual]
+
+Behind batch dims, which come from vmap and are problems of their own, x and what is like it have the array's dims;
+statistics and parameters have one, in float64 for float64 data, else in float32.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import ad, batching
+
+from pyreg import _core, _ops
+from pyreg.jax import _primitive
+
+__all__ = ["batch_norm", "batch_norm_inference"]
+
+Array = jax.Array
+Activation = Literal["relu"]
+
+
+class Options(NamedTuple):
+    """The parameters of the primitives."""
+
+    axis: int  # of the array's dims, from 0
+    epsilon: float
+    relu: bool
+    masked: bool  # there is a mask
+    residual: bool  # there is a residual
+    written: bool = True  # false: there is no y, forward gives mean and var alone
+
+
+def _split(rest: Sequence[Any], *present: bool) -> list[Any]:
+    """The optional operands, None for those that are absent."""
+    left = iter(rest)
+    return [next(left) if p else None for p in present]
+
+
+# ---- Formulas: one problem, in the precision of the statistics -------------------------------------------------------
+
+
+def _others(ndim: int, o: Options) -> tuple[int, ...]:
+    return tuple(d for d in range(ndim) if d != o.axis)
+
+
+def _along(values: Any, x: Any, o: Options) -> Any:
+    """A value a channel, seen in the shape of x."""
+    return jnp.expand_dims(values, _others(x.ndim, o))
+
+
+def _statistics_dtype(x: Any) -> Any:
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(_statistics_dtype(x))
+
+
+def _sum(values: Array, o: Options, mask: Array | None = None) -> Array:
+    return jnp.sum(values, _others(values.ndim, o), where=mask)
+
+
+def _count(x: Array, mask: Array | None, o: Options) -> Array:
+    """Elements of each channel that its statistics are of."""
+    if mask is not None:
+        return _sum(mask.astype(_statistics_dtype(x)), o)
+    n = math.prod(x.shape[d] for d in _others(x.ndim, o))
+    return jnp.full(x.shape[o.axis], n, _statistics_dtype(x))
+
+
+def _statistics(x: Array, mask: Array | None, o: Options) -> tuple[Array, Array]:
+    n, wide = _count(x, mask, o), _wide(x)
+    mean = _sum(wide, o, mask) / n
+    return mean, _sum((wide - _along(mean, x, o)) ** 2, o, mask) / n
+
+
+def _pool(n: Array, statistics: Sequence[Array], psum: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Mean and variance of all parts from those of each (Chan, Golub and LeVeque, 1979)."""
+    own_mean, own_var = (jnp.where(n > 0, a, 0) for a in statistics)  # a part may have nothing
+    total, weighted = psum(jnp.stack([n, n * own_mean]))
+    mean = weighted / total
+    return mean, psum(n * (own_var + (own_mean - mean) ** 2)) / total
+
+
+def _normalise(x: Array, mean: Array, var: Array, scale: Any, bias: Any, *rest: Array, o: Options) -> Array:
+    gain = scale * lax.rsqrt(var + o.epsilon)
+    y = (_wide(x) - _along(mean, x, o)) * _along(gain, x, o) + _along(bias, x, o)
+    if o.residual:
+        y = y + _wide(rest[0])
+    return (jnp.maximum(y, 0) if o.relu else y).astype(x.dtype)
+
+
+def _forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Options) -> list[Array]:
+    mask, _ = _split(rest, o.masked, o.residual)
+    mean, var = _statistics(x, mask, o)
+    return [*([_normalise(x, mean, var, scale, bias, *rest[o.masked :], o=o)] if o.written else []), mean, var]
+
+
+def _tangent(dx: Array, dscale: Array, dbias: Array, *rest: Array, o: Options) -> list[Array]:
+    dresidual, x, mean, var, scale, mask, y = _split(rest, o.residual, True, True, True, True, o.masked, o.relu)
+    n, rstd, dx, centred = _count(x, mask, o), lax.rsqrt(var + o.epsilon), _wide(dx), _wide(x) - _along(mean, x, o)
+    dmean, dvar = _sum(dx, o, mask) / n, 2 * _sum(dx * centred, o, mask) / n
+    if not o.written:
+        return [dmean, dvar]
+    dgain = dscale * rstd - scale * rstd**3 * dvar / 2
+    dy = (dx - _along(dmean, x, o)) * _along(scale * rstd, x, o) + centred * _along(dgain, x, o) + _along(dbias, x, o)
+    if o.residual:
+        dy = dy + _wide(dresidual)
+    return [(jnp.where(y > 0, dy, 0) if o.relu else dy).astype(x.dtype), dmean, dvar]
+
+
+def _backward(*args: Array, o: Options, psum: Callable[[Array], Array] = lambda a: a) -> list[Array]:
+    """psum: sums over the shards of the channels' elements."""
+    dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
+    rstd, centred = lax.rsqrt(var + o.epsilon), _wide(x) - _along(mean, x, o)
+    g = _wide(dy) if o.written else jnp.zeros_like(centred)
+    if o.relu:
+        g = jnp.where(y > 0, g, 0)
+    n, dscale, dbias = psum(jnp.stack([_count(x, mask, o), _sum(g * centred, o) * rstd, _sum(g, o)]))
+    constant = (dmean - scale * rstd * dbias) / n
+    slope = (2 * dvar - scale * rstd**2 * dscale) / n
+    through = _along(constant, x, o) + _along(slope, x, o) * centred  # the statistics
+    dx = _along(scale * rstd, x, o) * g + (through if mask is None else jnp.where(mask, through, 0))
+    return [dx.astype(x.dtype), dscale, dbias, *([g.astype(x.dtype)] if o.residual else [])]
+
+
+def _problems(one: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula for operands with batch dims."""
+
+    def many(*args: Array, o: Options, **options: Any) -> Any:
+        function = functools.partial(one, o=o, **options)
+        for _ in range(_batch_dims(args)):
+            function = jax.vmap(function)
+        return function(*args)
+
+    return many
+
+
+def _batch_dims(args: Sequence[Any]) -> int:
+    """The second operand of every primitive is a value a channel."""
+    return len(args[1].shape) - 1
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _or_none(a: Array | None, dtype: Any) -> Array:
+    """An operand that may be absent: then it has no elements."""
+    return jnp.zeros(0, dtype) if a is None else a
+
+
+def _native_forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Options) -> list[Array]:
+    mask, residual = _split(rest, o.masked, o.residual)
+    y = jax.typeof(x) if o.written else jax.ShapeDtypeStruct((0,), x.dtype)
+    call = jax.ffi.ffi_call("pyreg_batch_norm_forward_v1", [y, jax.typeof(scale), jax.typeof(scale)])
+    operands = x, scale, bias, _or_none(mask, bool), _or_none(residual, x.dtype)
+    return list(call(*operands, axis=o.axis, epsilon=o.epsilon, relu=o.relu)[not o.written :])
+
+
+def _native_backward(*args: Array, o: Options) -> list[Array]:
+    dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
+    dresidual = jax.typeof(x) if o.residual else jax.ShapeDtypeStruct((0,), x.dtype)
+    results = [jax.typeof(x), jax.typeof(scale), jax.typeof(scale), dresidual]
+    call = jax.ffi.ffi_call("pyreg_batch_norm_backward_v1", results, input_output_aliases={0: 0})
+    operands = dy, dmean, dvar, x, mean, var, scale, _or_none(mask, bool), _or_none(y, x.dtype)
+    return list(call(*operands, axis=o.axis, epsilon=o.epsilon)[: 3 + o.residual])
+
+
+def _each_problem(one: Callable[..., Any]) -> Callable[..., Any]:
+    """The callback on NumPy arrays for operands with batch dims."""
+
+    def many(*args: Any, o: Options) -> list[Any]:
+        args = tuple(np.asarray(a) for a in args)
+        batch = args[1].shape[:-1]
+        results = [one(*(a[at] for a in args), o=o) for at in np.ndindex(batch)]
+        return [np.stack(r).reshape(batch + r[0].shape) for r in zip(*results, strict=True)]
+
+    return many
+
+
+def _callback_forward(x: Any, scale: Any, bias: Any, *rest: Any, o: Options) -> list[Any]:
+    mask, residual = _split(rest, o.masked, o.residual)
+    y, code = np.empty_like(x), _ops._as_input(x)[1]
+    mean, var = _core.batch_norm(code, x, o.axis, o.epsilon, o.relu, scale, bias, mask, residual, y)
+    return [y, mean, var][not o.written :]
+
+
+def _callback_backward(*args: Any, o: Options) -> list[Any]:
+    dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
+    dx, dresidual, code = np.empty_like(x), np.empty_like(x) if o.residual else None, _ops._as_input(x)[1]
+    dscale, dbias = _core.batch_norm_backward(
+        code, dy, x, o.axis, o.epsilon, o.relu, scale, mask, y, mean, var, dx, dresidual, dmean, dvar
+    )
+    return [dx, dscale, dbias, dresidual][: 3 + o.residual]
+
+
+# ---- Shards ----------------------------------------------------------------------------------------------------------
+
+
+def _dims(args: Sequence[Any], o: Options) -> tuple[list[str], list[str], list[list[str]]]:
+    """Names of the dims of x, of a value a channel, and of each operand."""
+    batch, ndim = _batch_dims(args), max(len(a.shape) for a in args)
+    full = [f"x{d}" for d in range(ndim)]
+    channels = [*full[:batch], full[batch + o.axis]]
+    return full, channels, [full if len(a.shape) == ndim else channels for a in args]
+
+
+def _forward_names(*args: Any, o: Options) -> tuple[list[list[str]], list[list[str]]]:
+    full, channels, operands = _dims(args, o)
+    return operands, [full, channels, channels][not o.written :]
+
+
+def _backward_names(*args: Any, o: Options) -> tuple[list[list[str]], list[list[str]]]:
+    full, channels, operands = _dims(args, o)
+    return operands, [full, channels, channels, full][: 3 + o.residual]
+
+
+def _cut(axes: dict[str, Any], args: Sequence[Any], o: Options) -> tuple[str, ...]:
+    """Mesh axes that cut the elements of a channel."""
+    full, channels, _ = _dims(args, o)
+    of = [axes[name] for name in full if name in axes and name not in channels]
+    return tuple(axis for a in of for axis in (a if isinstance(a, tuple) else (a,)))
+
+
+def _shard_forward(axes: dict[str, Any], _: Any, *args: Array, o: Options) -> list[Array]:
+    cut = _cut(axes, args, o)
+    if not cut:
+        return _native_forward(*args, o=o)
+    x, scale, bias, *rest = args
+    mask = rest[: o.masked]
+    own = o._replace(relu=False, residual=False, written=False)
+    n = _problems(lambda x, _, *mask, o: _count(x, mask[0] if mask else None, o))(x, scale, *mask, o=own)
+    mean, var = _pool(n, _native_forward(x, scale, bias, *mask, o=own), lambda a: lax.psum(a, cut))
+    y = [_problems(_normalise)(x, mean, var, scale, bias, *rest[o.masked :], o=o)] if o.written else []
+    return [*y, mean, var]
+
+
+def _shard_backward(axes: dict[str, Any], _: Any, *args: Array, o: Options) -> list[Array]:
+    cut = _cut(axes, args, o)
+    if not cut:
+        return _native_backward(*args, o=o)
+    results: list[Array] = _problems(_backward)(*args, o=o, psum=lambda a: lax.psum(a, cut))
+    return results
+
+
+# ---- The primitives --------------------------------------------------------------------------------------------------
+
+
+def _plain(a: Any) -> Any:
+    return a.update(weak_type=False)
+
+
+def _abstract_forward(x: Any, scale: Any, *_: Any, o: Options) -> list[Any]:
+    return [_plain(x), _plain(scale), _plain(scale)][not o.written :]
+
+
+def _abstract_tangent(*args: Any, o: Options) -> list[Any]:
+    return _abstract_forward(args[3 + o.residual], args[6 + o.residual], o=o)
+
+
+def _abstract_backward(*args: Any, o: Options) -> list[Any]:
+    x, scale = (_plain(args[k + o.written]) for k in (2, 5))
+    return [x, scale, scale, x][: 3 + o.residual]
+
+
+forward_p = _primitive.define(
+    "pyreg_batch_norm_forward",
+    _abstract_forward,
+    _problems(_forward),
+    _native_forward,
+    _each_problem(_callback_forward),
+    _primitive.Partition(_forward_names, _shard_forward),
+)
+tangent_p = _primitive.define("pyreg_batch_norm_tangent", _abstract_tangent, _problems(_tangent))
+backward_p = _primitive.define(
+    "pyreg_batch_norm_backward",
+    _abstract_backward,
+    _problems(_backward),
+    _native_backward,
+    _each_problem(_callback_backward),
+    _primitive.Partition(_backward_names, _shard_backward),
+    lambda o: o.written,
+)
+
+
+def _tangents(primals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    """All as arrays; of booleans none."""
+    return [
+        np.zeros(jnp.shape(p), jax.dtypes.float0) if p.dtype == bool else ad.instantiate_zeros(t)
+        for p, t in zip(primals, tangents, strict=True)
+    ]
+
+
+def _forward_jvp(primals: Any, tangents: Any, *, o: Options) -> Any:
+    x, scale, _, *rest = primals
+    mask, _ = _split(rest, o.masked, o.residual)
+    results = forward_p.bind(*primals, o=o)
+    mean, var = results[-2:]
+    known = [x, mean, var, scale, *([mask] if o.masked else []), *([results[0]] if o.relu else [])]
+    dx, dscale, dbias, *drest = _tangents(primals, tangents)
+    return results, tangent_p.bind(dx, dscale, dbias, *drest[o.masked :], *known, o=o)
+
+
+def _jvp_of(formula: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(primals: Any, tangents: Any, *, o: Options) -> Any:
+        return jax.jvp(functools.partial(_problems(formula), o=o), primals, tuple(_tangents(primals, tangents)))
+
+    return rule
+
+
+def _transpose_by(primitive: Any, linear: Callable[[Options], int]) -> Callable[..., Any]:
+    """The first operands are linear, as many as `linear` says; `primitive` is the transpose."""
+
+    def rule(cotangents: Any, *args: Any, o: Options) -> list[Any]:
+        known = args[linear(o) :]
+        gradients = primitive.bind(*map(ad.instantiate_zeros, cotangents), *known, o=o)
+        wanted = [g if ad.is_undefined_primal(a) else None for g, a in zip(gradients, args, strict=False)]
+        return [*wanted, *[None] * len(known)]
+
+    return rule
+
+
+def _batch(primitive: Any) -> Callable[..., Any]:
+    def rule(args: Any, dims: Any, *, o: Options) -> Any:
+        size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+        args = [
+            jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+            for a, d in zip(args, dims, strict=True)
+        ]
+        results = primitive.bind(*args, o=o)
+        return results, [0] * len(results)
+
+    return rule
+
+
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_jvps[tangent_p] = _jvp_of(_tangent)
+ad.primitive_jvps[backward_p] = _jvp_of(_backward)
+ad.primitive_transposes[tangent_p] = _transpose_by(backward_p, lambda o: 3 + o.residual)
+ad.primitive_transposes[backward_p] = _transpose_by(tangent_p, lambda o: 2 + o.written)
+for _p in (forward_p, tangent_p, backward_p):
+    batching.primitive_batchers[_p] = _batch(_p)
+
+
+# ---- The functions ---------------------------------------------------------------------------------------------------
+
+
+def _check_values(value: Any, x: Any, axis: int, default: float, name: str) -> Any:
+    """A value a channel, in the dtype of statistics."""
+    channels = x.shape[axis]
+    value = jnp.full(channels, default) if value is None else jnp.asarray(value)
+    if value.shape != (channels,):
+        raise ValueError(f"{name} has shape {value.shape}; x has {channels} channels, so wanted ({channels},)")
+    return value.astype(_statistics_dtype(x))
+
+
+def _check_like(value: Any, x: Array, name: str) -> list[Array]:
+    if value is None:
+        return []
+    value = jnp.asarray(value)
+    if value.shape != x.shape or value.dtype != x.dtype:
+        raise ValueError(
+            f"{name} has shape {value.shape} and dtype {value.dtype}; wanted those of x: {x.shape} and {x.dtype}"
+        )
+    return [value]
+
+
+def _check_mask(mask: Any, x: Array) -> list[Array]:
+    if mask is None:
+        return []
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool")
+    try:
+        return [jnp.broadcast_to(mask, x.shape)]
+    except ValueError:
+        raise ValueError(f"mask has shape {mask.shape}; wanted one that broadcasts to that of x, {x.shape}") from None
+
+
+def batch_norm(
+    x: jax.typing.ArrayLike,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    mask: jax.typing.ArrayLike | None = None,
+    activation: Activation | None = None,
+    residual: jax.typing.ArrayLike | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+) -> tuple[Array, Array, Array]:
+    """Normalise each channel by its own mean and variance.
+
+    ``y = (x - mean) / sqrt(var + epsilon) * scale + bias``, then ``y + residual`` if given, then ``max(y, 0)`` if
+    ``activation="relu"``.  Works under every transform of JAX, with derivatives of ``y``, ``mean`` and ``var`` of every
+    order.  Where ``x`` is sharded under `jax.jit`, the statistics are those of the whole array.
+
+    Parameters
+    ----------
+    x : array_like
+        float32, float64, float16 or bfloat16, of one or more dims.
+    scale, bias : array_like, shape (channels,), optional
+        By default 1 and 0.
+    axis : int
+        The dim that counts the channels.
+    epsilon : float
+        Added to the variance.
+    mask : array_like of bool, optional
+        Broadcasts to the shape of ``x``: mean and variance are those of the elements where it is true; NaN for a
+        channel where it never is.
+    activation : {None, "relu"}
+        Applied last.
+    residual : array_like, optional
+        Shape and dtype of ``x``; added before the activation.
+    axis_name : hashable or tuple of hashables, optional
+        Inside `jax.shard_map`, `jax.pmap` or `jax.vmap`: the axes whose statistics are taken together.
+    axis_index_groups : list of lists of int, optional
+        Groups of that axis, each taken together by itself, as in `jax.lax.psum`.
+
+    Returns
+    -------
+    y : jax.Array
+        Shape and dtype of ``x``.
+    mean, var : jax.Array, shape (channels,)
+        The biased variance.  float64 for float64 data, else float32.
+
+    Raises
+    ------
+    TypeError
+        If an array has another dtype.
+    ValueError
+        If shapes do not fit, a channel has no element, or an option is out of range.
+
+    Notes
+    -----
+    Ioffe and Szegedy, "Batch normalization: accelerating deep network training by reducing internal covariate shift",
+    ICML 2015.  Statistics of several devices are pooled by their number of elements, after Chan, Golub and LeVeque,
+    "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+
+    Examples
+    --------
+    >>> import jax, pyreg.jax
+    >>> y, mean, var = pyreg.jax.batch_norm(jax.numpy.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> mean, var
+    (Array([ 2., 20.], dtype=float32), Array([  1., 100.], dtype=float32))
+    """
+    x = _primitive.check_array(x)
+    axis = _ops._check_axis(axis, x.ndim)
+    if x.size == 0 and x.shape[axis] != 0:
+        raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
+    relu = _ops._check_activation(activation)
+    scale, bias = _check_values(scale, x, axis, 1, "scale"), _check_values(bias, x, axis, 0, "bias")
+    optional = [*_check_mask(mask, x), *_check_like(residual, x, "residual")]
+    o = Options(axis, float(_ops._check_epsilon(epsilon)), relu, mask is not None, residual is not None)
+    a, scale, bias, *optional = _primitive.vary_alike(x, scale, bias, *optional)
+    if axis_name is None:
+        y, mean, var = forward_p.bind(a, scale, bias, *optional, o=o)
+        return y, mean, var
+    own = o._replace(relu=False, residual=False, written=False)
+    means = forward_p.bind(a, scale, bias, *optional[: o.masked], o=own)
+    n = _count(a, optional[0] if o.masked else None, o)
+    mean, var = _pool(n, means, lambda a: lax.psum(a, axis_name, axis_index_groups=axis_index_groups))
+    return _normalise(a, mean, var, scale, bias, *optional[o.masked :], o=o), mean, var
+
+
+def batch_norm_inference(
+    x: jax.typing.ArrayLike,
+    mean: jax.typing.ArrayLike,
+    var: jax.typing.ArrayLike,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    activation: Activation | None = None,
+    residual: jax.typing.ArrayLike | None = None,
+) -> Array:
+    """Normalise each channel by a given mean and variance.
+
+    JAX operations and no kernel: one sweep, that XLA fuses with what is around it.
+
+    Parameters
+    ----------
+    x : array_like
+        float32, float64, float16 or bfloat16, of one or more dims.
+    mean, var : array_like, shape (channels,)
+        For example running averages of what :func:`batch_norm` returned.
+    scale, bias, axis, epsilon, activation, residual
+        As in :func:`batch_norm`.
+
+    Returns
+    -------
+    jax.Array
+        Shape and dtype of ``x``.
+
+    Examples
+    --------
+    >>> import jax, pyreg.jax
+    >>> x = jax.numpy.array([[1.0, 10.0]])
+    >>> pyreg.jax.batch_norm_inference(x, [0, 10], [4, 1], epsilon=0)
+    Array([[0.5, 0. ]], dtype=float32)
+    """
+    x = _primitive.check_array(x)
+    axis = _ops._check_axis(axis, x.ndim)
+    if mean is None or var is None:
+        raise TypeError("mean or var is None; wanted one value a channel")
+    relu = _ops._check_activation(activation)
+    values = [
+        _check_values(value, x, axis, default, name)
+        for value, default, name in ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
+    ]
+    rest = _check_like(residual, x, "residual")
+    o = Options(axis, float(_ops._check_epsilon(epsilon)), relu, False, residual is not None)
+    return _normalise(x, *values, *rest, o=o)
