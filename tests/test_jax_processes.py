@@ -1,0 +1,80 @@
+"""Several JAX processes: masks are those of one, and the example trains as one process does."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyreg
+
+pytest.importorskip("jax")
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed.py"
+ENV = {**{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}, "JAX_PLATFORMS": "cpu"}
+
+PROGRAM = """
+import hashlib, json, sys
+import jax
+port, process = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import pyreg.jax
+
+mesh = Mesh(np.array(jax.devices()), ("i",))
+x = np.random.default_rng(0).standard_normal((6, 8, 10)).astype(np.float32)
+digests = {}
+for spec in ("i", None, None), (None, "i", None), (None, None, "i"):
+    shards = jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(*spec)), lambda at: x[at])
+    for impl in "auto", "philox":
+        y = jax.jit(lambda x: pyreg.jax.dropout(x, 0.3, key=jax.random.key(5), impl=impl))(shards)
+        (shard,) = y.addressable_shards
+        assert shard.data.size == x.size // 2
+        digests[f"{spec} {impl}"] = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+print(json.dumps(digests))
+"""
+
+
+def run_two(program):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-P", "-c", program, str(port)]
+    children = [
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=ENV, cwd=Path.home())
+        for i in range(2)
+    ]
+    try:
+        outputs = [child.communicate(timeout=180)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def test_masks():
+    import jax
+
+    x = np.random.default_rng(0).standard_normal((6, 8, 10)).astype(np.float32)
+    words = np.asarray(jax.random.key_data(jax.random.key(5)))
+    digests = run_two(PROGRAM)
+    for dim in range(3):
+        spec = tuple("i" if d == dim else None for d in range(3))
+        for name, impl in ("auto", "threefry"), ("philox", "philox"):
+            halves = np.split(pyreg.dropout(x, 0.3, key=words, impl=impl), 2, axis=dim)
+            want = [hashlib.sha256(half.tobytes()).hexdigest() for half in halves]
+            assert [d[f"{spec} {name}"] for d in digests] == want
+
+
+def test_example():
+    command = [sys.executable, "-P", EXAMPLE, "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV, check=True)
+    assert "2 processes" in done.stdout
+    assert len(done.stdout.splitlines()) == 5
