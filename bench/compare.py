@@ -7,7 +7,7 @@ the tables give its median, and in brackets its minimum.  All figures go to a JS
 
 An op is a module beside this file: PARAMS, QUICK, TABLE_BY, SUBJECTS, COLUMNS, MARKDOWN, NOTES, PACKAGES as data, and
 check(), contenders(), elements().  For the other benchmarks: SWEEP, FIXED, SWEPT, COPY, CONTENTION.  See
-dropout.py.
+dropout.py.  A module may have details(), too: figures that are no times.
 """
 
 import argparse
@@ -158,14 +158,26 @@ def plot(op, records, path):
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
+def print_details(details):
+    """What a module with details() has to say beside times."""
+    table = Table(*details[0], box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in details:
+        table.add_row(*("" if v is None else v if isinstance(v, str) else number_text(v) for v in row.values()))
+    console.print(table)
+
+
+MODULES = {"batchnorm": "batchnorm", "dropout": "dropout", "jax": "jax_ops"}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=["batchnorm", "dropout"])
+    parser.add_argument("op", choices=MODULES)
     parser.add_argument("--quick", action="store_true", help="a few cases only, under half a minute")
     parser.add_argument("--sizes", dest="size", type=integer, nargs="+")
     parser.add_argument("--dtypes", dest="dtype", nargs="+")
     parser.add_argument("--rates", dest="rate", type=float, nargs="+")
     parser.add_argument("--shapes", dest="shape", nargs="+", help='of batchnorm, for example "32,56,56,64 NHWC"')
+    parser.add_argument("--cases", dest="case", nargs="+", help='of jax, for example "dropout 1,000,000"')
     parser.add_argument("--threads", type=int, nargs="+")
     peers = ["NumPy", "PyTorch", "Flax", "oneDNN"]
     parser.add_argument("--peers", nargs="*", default=peers, help=f"any of {' '.join(peers)}")
@@ -174,7 +186,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file and the plot")
     args = parser.parse_args()
 
-    op = importlib.import_module(args.op)
+    op = importlib.import_module(MODULES[args.op])
     defaults = op.QUICK if args.quick else op.PARAMS
     params = {name: tuple(getattr(args, name) or defaults[name]) for name in op.PARAMS}
     for dtype in params["dtype"]:
@@ -186,7 +198,10 @@ def main():
     check(op, params)
     records = measure(op, params, args.rounds, args.peers)
     console.print(op.NOTES, style="dim")
-    write_json(args.out / f"compare-{args.op}.json", environment=env, records=records)
+    details = list(op.details(params["case"])) if hasattr(op, "details") else []
+    if details:
+        print_details(details)
+    write_json(args.out / f"compare-{args.op}.json", environment=env, records=records, details=details)
     plot(op, records, args.out / f"compare-{args.op}.png")
     if args.markdown:
         print_markdown(op, records, env)
