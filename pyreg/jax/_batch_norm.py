@@ -158,7 +158,8 @@ def _or_none(a: Array | None, dtype: Any) -> Array:
     return jnp.zeros(0, dtype) if a is None else a
 
 
-def _native_forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Options) -> list[Array]:
+def _native_forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Options, reuse: bool = False) -> list[Array]:
+    del reuse  # the backward pass wants x
     mask, residual = _split(rest, o.masked, o.residual)
     y = jax.typeof(x) if o.written else jax.ShapeDtypeStruct((0,), x.dtype)
     call = jax.ffi.ffi_call("pyreg_batch_norm_forward_v1", [y, jax.typeof(scale), jax.typeof(scale)])
@@ -166,11 +167,11 @@ def _native_forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Option
     return list(call(*operands, axis=o.axis, epsilon=o.epsilon, relu=o.relu)[not o.written :])
 
 
-def _native_backward(*args: Array, o: Options) -> list[Array]:
+def _native_backward(*args: Array, o: Options, reuse: bool = False) -> list[Array]:
     dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
     dresidual = jax.typeof(x) if o.residual else jax.ShapeDtypeStruct((0,), x.dtype)
     results = [jax.typeof(x), jax.typeof(scale), jax.typeof(scale), dresidual]
-    call = jax.ffi.ffi_call("pyreg_batch_norm_backward_v1", results, input_output_aliases={0: 0})
+    call = jax.ffi.ffi_call("pyreg_batch_norm_backward_v1", results, input_output_aliases={0: 0} if reuse else {})
     operands = dy, dmean, dvar, x, mean, var, scale, _or_none(mask, bool), _or_none(y, x.dtype)
     return list(call(*operands, axis=o.axis, epsilon=o.epsilon)[: 3 + o.residual])
 

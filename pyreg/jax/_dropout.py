@@ -73,11 +73,12 @@ def _philox(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     n = math.prod(shape)
     digits = f"{limit:064b}".rstrip("0")
     group = jnp.arange((n + 31) // 32, dtype=jnp.uint32)
+    block = jnp.arange((len(digits) + 3) // 4, dtype=jnp.uint32)[:, None]  # all at once: each is much to compile
     zero = jnp.zeros_like(group)
-    blocks = [_philox_block(words, (group, zero, zero + np.uint32(b), zero)) for b in range((len(digits) + 3) // 4)]
+    drawn = _philox_block(words, (group, zero, block, zero))
     less = zero  # than limit, by the digits behind the present one
     for p in reversed(range(len(digits))):
-        digit = blocks[p // 4][p % 4]
+        digit = drawn[p % 4][p // 4]
         less = ~digit | less if digits[p] == "1" else ~digit & less
     kept = ~less[:, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
     return kept.astype(bool).reshape(-1)[:n].reshape(shape)
@@ -104,8 +105,8 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 # ---- By kernel -------------------------------------------------------------------------------------------------------
 
 
-def _native(x: jax.Array, words: jax.Array, *, mask: Mask) -> Sequence[jax.Array]:
-    return _call(x, words, (0,) * len(mask.broadcast), x.shape, mask)
+def _native(x: jax.Array, words: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
+    return _call(x, words, (0,) * len(mask.broadcast), x.shape, mask, reuse)
 
 
 def _as_array(values: Sequence[Any]) -> jax.Array:
@@ -114,12 +115,12 @@ def _as_array(values: Sequence[Any]) -> jax.Array:
 
 
 def _call(
-    x: jax.Array, words: jax.Array, start: Sequence[Any], shape: Sequence[int], mask: Mask
+    x: jax.Array, words: jax.Array, start: Sequence[Any], shape: Sequence[int], mask: Mask, reuse: bool
 ) -> Sequence[jax.Array]:
-    """start: where the inner dims of x begin in those of an array of `shape`."""
+    """start: where the inner dims of x begin in those of an array of `shape`.  reuse: write over x if XLA can."""
     whole = _mask_shape(shape[len(shape) - len(start) :], mask)
     window = jnp.stack([_as_array(start), _as_array(whole)])
-    call = jax.ffi.ffi_call("pyreg_dropout_v1", [jax.typeof(x)], input_output_aliases={0: 0})
+    call = jax.ffi.ffi_call("pyreg_dropout_v1", [jax.typeof(x)], input_output_aliases={0: 0} if reuse else {})
     y: Sequence[jax.Array] = call(x, words, window, generator=_ops._IMPLS[mask.generator], rate=mask.rate)
     return y
 
@@ -134,7 +135,7 @@ def _names(x: Any, words: Any, *, mask: Mask) -> tuple[list[list[str]], list[lis
 def _shard(axes: dict[str, Any], avals: Any, x: jax.Array, words: jax.Array, *, mask: Mask) -> Sequence[jax.Array]:
     batch = x.ndim - len(mask.broadcast)
     start = [lax.axis_index(axes[f"x{d}"]) * x.shape[d] if f"x{d}" in axes else 0 for d in range(batch, x.ndim)]
-    return _call(x, words, start, avals[0].shape, mask)
+    return _call(x, words, start, avals[0].shape, mask, reuse=False)
 
 
 def _callback(x: Any, words: Any, *, mask: Mask) -> list[Any]:
