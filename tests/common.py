@@ -1,5 +1,9 @@
 """Names that the tests share."""
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 
@@ -40,3 +44,17 @@ def layouts(x):
     odd = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
     odd[...] = x
     yield "odd address", odd
+
+
+def python(code, *, timeout=60, warnings="error", **environ):
+    """Runs code in a fresh interpreter and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", warnings, "-c", code],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=os.path.dirname(__file__),
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

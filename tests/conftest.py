@@ -29,3 +29,35 @@ def threads():
     """A function that sets the number of threads until the test ends."""
     yield pyreg.set_num_threads
     pyreg.set_num_threads(None)
+
+
+@pytest.fixture(params=[False, True], ids=["x32", "x64"])
+def x64(request):
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", request.param)
+    yield request.param
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def quick_compilation():
+    """XLA does without most optimisations while the test runs: threefry takes a second to compile with them."""
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", params=["callback", "jax", "ffi"])  # the last stays until the end of the module
+def jax_backend(request):
+    """Runs the test once on each backend of pyreg.jax."""
+    jax = pytest.importorskip("jax")
+    from pyreg.jax import _backend
+
+    if request.param == "ffi" and (problem := _backend._register()):
+        pytest.skip(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "_chosen", (request.param, "by a test"))
+        jax.clear_caches()
+        yield request.param
+    jax.clear_caches()

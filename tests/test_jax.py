@@ -53,14 +53,6 @@ rates = st.one_of(st.sampled_from([0.1, 0.5, 1 / 3, 0.9, 1e-4, 1e-9, 1 - 1e-6]),
 shapes = st.sampled_from([(), (1,), (7,), (0, 3), (3, 5), (257,), (2, 3, 4, 5)])  # few: JAX compiles for each
 
 
-@pytest.fixture(params=[False, True], ids=["x32", "x64"])
-def x64(request):
-    jax = pytest.importorskip("jax")
-    jax.config.update("jax_enable_x64", request.param)
-    yield request.param
-    jax.config.update("jax_enable_x64", False)
-
-
 def test_bernoulli(x64):
     jax = pytest.importorskip("jax")
 

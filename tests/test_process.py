@@ -14,26 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import threadpoolctl
-from common import ISAS, same
+from common import ISAS, python, same
 
 import pyreg
 
 KEY = 12345
 LARGE = 4_000_000  # enough for several threads
-
-
-def python(code, *, timeout=60, warnings="error", **environ):
-    """Runs code in a fresh interpreter and returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", warnings, "-c", code],
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=os.path.dirname(__file__),
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 # ---- Threads -------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def _callback(x: Any, words: Any, *, mask: Mask) -> list[Any]:
     batch = x.ndim - len(mask.broadcast)
     strides = _ops._mask_strides(x.shape[batch:], _mask_shape(x.shape[batch:], mask))
     for at in np.ndindex(words.shape[:-1]):
-        mine = tuple(slice(None) if n == 1 else j for n, j in zip(words.shape[:-1], at, strict=True))
+        mine = (*(slice(None) if n == 1 else j for n, j in zip(words.shape[:-1], at, strict=True)), ...)  # ...: a view
         a, key = x[mine], _ops._check_key(words[at])
         all_strides = (0,) * (a.ndim - len(strides)) + strides
         code = _ops._as_input(a)[1]
