@@ -272,13 +272,14 @@ def test_flax(x64, quick_compilation, how):
     """The values and gradients of Flax's Dropout, whatever the arguments."""
     transform = jax.jit if how == "jit" else lambda f: f
 
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(seed=seeds, rate=rates, shape=shapes, partitionable=st.booleans(), data=st.data())
     def check(seed, rate, shape, partitionable, data):
         # Not one element alone: there XLA outside jit divides by 1 - rate, while else it multiplies by the reciprocal.
         assume(how == "jit" or math.prod(shape) != 1)
         dims = tuple(data.draw(st.sets(st.integers(-len(shape), len(shape) - 1)))) if shape else ()
         dtype = as_dtype(data.draw(st.sampled_from(["float32", "float16", "bfloat16"] + ["float64"] * x64)))
+        assume(dtype != np.float16 or 1 - rate > 2e-5)  # else the scale is infinite, and Flax's gradient 0 * inf
         impl = data.draw(st.sampled_from(KEY_IMPLS))
         x, dy = (jnp.asarray(normal(shape, dtype, seed=seed + i)) for i in range(2))
         key = jax.random.key(seed, impl=impl)
@@ -535,6 +536,6 @@ jax.eval_shape(lambda x: pyreg.jax.dropout(x, key=key), x)
 assert registered == []
 print(pyreg.show_config("dicts")["jax"])
 pyreg.jax.dropout(x, key=key)
-print(*registered)
+assert "pyreg_dropout_v1" in registered
 """
-    assert python(code, warnings="ignore").split("\n") == ["built with FFI", "not used yet", "pyreg_dropout_v1"]
+    assert python(code, warnings="ignore").split("\n") == ["built with FFI", "not used yet"]
