@@ -11,6 +11,7 @@ statistics and parameters have one, in float64 for float64 data, else in float32
 import functools
 import math
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -105,9 +106,18 @@ def _forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Options) -> l
     return [*([_normalise(x, mean, var, scale, bias, *rest[o.masked :], o=o)] if o.written else []), mean, var]
 
 
+def _centred(x: Array, mean: Array, mask: Array | None, o: Options) -> tuple[Array, Array]:
+    """Elements of each channel, and x - mean.  Of statistics alone a part may have none: then 1 and 0 for NaN, which
+    would spread through derivatives, even times 0."""
+    n, centred = _count(x, mask, o), _wide(x) - _along(mean, x, o)
+    if o.written or mask is None:
+        return n, centred
+    return jnp.maximum(n, 1), jnp.where(mask, centred, 0)
+
+
 def _tangent(dx: Array, dscale: Array, dbias: Array, *rest: Array, o: Options) -> list[Array]:
     dresidual, x, mean, var, scale, mask, y = _split(rest, o.residual, True, True, True, True, o.masked, o.relu)
-    n, rstd, dx, centred = _count(x, mask, o), lax.rsqrt(var + o.epsilon), _wide(dx), _wide(x) - _along(mean, x, o)
+    (n, centred), rstd, dx = _centred(x, mean, mask, o), lax.rsqrt(var + o.epsilon), _wide(dx)
     dmean, dvar = _sum(dx, o, mask) / n, 2 * _sum(dx * centred, o, mask) / n
     if not o.written:
         return [dmean, dvar]
@@ -121,15 +131,18 @@ def _tangent(dx: Array, dscale: Array, dbias: Array, *rest: Array, o: Options) -
 def _backward(*args: Array, o: Options, psum: Callable[[Array], Array] = lambda a: a) -> list[Array]:
     """psum: sums over the shards of the channels' elements."""
     dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
-    rstd, centred = lax.rsqrt(var + o.epsilon), _wide(x) - _along(mean, x, o)
-    g = _wide(dy) if o.written else jnp.zeros_like(centred)
-    if o.relu:
-        g = jnp.where(y > 0, g, 0)
-    n, dscale, dbias = psum(jnp.stack([_count(x, mask, o), _sum(g * centred, o) * rstd, _sum(g, o)]))
-    constant = (dmean - scale * rstd * dbias) / n
-    slope = (2 * dvar - scale * rstd**2 * dscale) / n
-    through = _along(constant, x, o) + _along(slope, x, o) * centred  # the statistics
-    dx = _along(scale * rstd, x, o) * g + (through if mask is None else jnp.where(mask, through, 0))
+    (n, centred), rstd = _centred(x, mean, mask, o), lax.rsqrt(var + o.epsilon)
+
+    def through_statistics(constant: Array, slope: Array) -> Array:
+        values = _along(constant, x, o) + _along(slope, x, o) * centred
+        return values if mask is None else jnp.where(mask, values, 0)
+
+    if not o.written:
+        return [through_statistics(dmean / n, 2 * dvar / n).astype(x.dtype), *[jnp.zeros_like(scale)] * 2]
+    g = jnp.where(y > 0, _wide(dy), 0) if o.relu else _wide(dy)
+    n, dscale, dbias = psum(jnp.stack([n, _sum(g * centred, o) * rstd, _sum(g, o)]))
+    constant, slope = (dmean - scale * rstd * dbias) / n, (2 * dvar - scale * rstd**2 * dscale) / n
+    dx = _along(scale * rstd, x, o) * g + through_statistics(constant, slope)
     return [dx.astype(x.dtype), dscale, dbias, *([g.astype(x.dtype)] if o.residual else [])]
 
 
@@ -279,7 +292,7 @@ forward_p = _primitive.define(
     _problems(_forward),
     _native_forward,
     _each_problem(_callback_forward),
-    _primitive.Partition(_forward_names, _shard_forward),
+    _primitive.Partition(_forward_names, _shard_forward, even=True),
 )
 tangent_p = _primitive.define("pyreg_batch_norm_tangent", _abstract_tangent, _problems(_tangent))
 backward_p = _primitive.define(
@@ -288,17 +301,15 @@ backward_p = _primitive.define(
     _problems(_backward),
     _native_backward,
     _each_problem(_callback_backward),
-    _primitive.Partition(_backward_names, _shard_backward),
+    _primitive.Partition(_backward_names, _shard_backward, even=True),
     lambda o: o.written,
 )
 
 
-def _tangents(primals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
-    """All as arrays; of booleans none."""
-    return [
-        np.zeros(jnp.shape(p), jax.dtypes.float0) if p.dtype == bool else ad.instantiate_zeros(t)
-        for p, t in zip(primals, tangents, strict=True)
-    ]
+def _smooth(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The operands that have derivatives, all but the mask, and their tangents as arrays."""
+    keep = [p.dtype != bool for p in primals]
+    return list(compress(primals, keep)), [ad.instantiate_zeros(t) for t in compress(tangents, keep)]
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, o: Options) -> Any:
@@ -307,13 +318,16 @@ def _forward_jvp(primals: Any, tangents: Any, *, o: Options) -> Any:
     results = forward_p.bind(*primals, o=o)
     mean, var = results[-2:]
     known = [x, mean, var, scale, *([mask] if o.masked else []), *([results[0]] if o.relu else [])]
-    dx, dscale, dbias, *drest = _tangents(primals, tangents)
-    return results, tangent_p.bind(dx, dscale, dbias, *drest[o.masked :], *known, o=o)
+    return results, tangent_p.bind(*_smooth(primals, tangents)[1], *known, o=o)
 
 
 def _jvp_of(formula: Callable[..., Any]) -> Callable[..., Any]:
     def rule(primals: Any, tangents: Any, *, o: Options) -> Any:
-        return jax.jvp(functools.partial(_problems(formula), o=o), primals, tuple(_tangents(primals, tangents)))
+        def function(*smooth: Any) -> Any:
+            left = iter(smooth)
+            return _problems(formula)(*[p if p.dtype == bool else next(left) for p in primals], o=o)
+
+        return jax.jvp(function, *_smooth(primals, tangents))
 
     return rule
 

@@ -1,6 +1,7 @@
 """What the primitives of pyreg.jax share: evaluation outside jit, and lowering by backend and sharding."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Partition(NamedTuple):
 
     names: Callable[..., tuple[list[list[str]], list[list[str]]]]  # (*avals, **params) -> of operands, of results
     compute: Callable[..., Sequence[Any]]  # (axes, avals, *shards, **params); axes: mesh axes that cut a name
-    whole: Callable[..., set[str]] = lambda **_: set()  # (**params) -> names that must not be cut
+    even: bool = False  # cut only what divides: where it does not, shards end with padding
 
 
 def define(
@@ -60,7 +61,11 @@ def define(
 
     @functools.lru_cache(maxsize=1024)
     def compiled(**params: Any) -> Any:
-        return jax.jit(functools.partial(primitive.bind, **params))
+        def bind(*args: Any) -> Any:
+            return primitive.bind(*args, **params)
+
+        bind.__qualname__, bind._apply_primitive = name, True  # type: ignore[attr-defined]  # debug_nans ends here
+        return jax.jit(bind)
 
     def evaluate(*args: Any, **params: Any) -> Any:
         with jax.disable_jit(False):
@@ -134,8 +139,13 @@ def _partitioned(native: Function, partition: Partition, params: dict[str, Any])
 
     def axes_of(operand: Any, names: list[str]) -> dict[str, Any]:
         spec = tuple(operand.sharding.spec)
-        axes = dict(zip(names, spec + (None,) * (len(names) - len(spec)), strict=True))
-        return {name: a for name, a in axes.items() if a is not None and name not in partition.whole(**params)}
+        sizes = operand.sharding.mesh.shape
+        axes = {}
+        for name, n, a in zip(names, operand.shape, spec, strict=False):
+            shards = math.prod(sizes[axis] for axis in (a if isinstance(a, tuple) else (a,))) if a is not None else 1
+            if a is not None and not (partition.even and n % shards):
+                axes[name] = a
+        return axes
 
     def shardings(mesh: Any, arg_shapes: Any) -> tuple[dict[str, Any], tuple[NamedSharding, ...], list[NamedSharding]]:
         operands, results = partition.names(*arg_shapes, **params)
@@ -160,7 +170,7 @@ def _partitioned(native: Function, partition: Partition, params: dict[str, Any])
         names = partition.names(*map(_shape, operands), **params)
         text = [", ".join(" ".join(dims) for dims in side) for side in names]
         first = set(names[0][0])
-        whole = partition.whole(**params) | {n for side in names for dims in side for n in dims if n not in first}
+        whole = {n for side in names for dims in side for n in dims if n not in first}
         return " -> ".join(text), {"need_replication_factors": tuple(sorted(whole))}
 
     function = custom_partitioning(lambda *args: list(native(*args)))

@@ -1,0 +1,347 @@
+"""pyreg.jax.batch_norm on several devices, which are four parts of the CPU.
+
+The functions in CASES run in processes of their own, because XLA is told of the devices before it starts.
+"""
+
+import functools
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+from common import normal, python
+from jaxcommon import jax
+from test_batchnorm import F32, F64, masked_somewhere
+from test_jax_batchnorm import assert_close, batch_norm, formula, unequal_parts, weights, whole, x64
+
+jnp, lax = jax.numpy, jax.lax
+P, NamedSharding = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+SHAPE, AXIS = (4, 8, 12), 1
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def auto_mesh():
+    return jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def meshes():
+    """Of Auto axes, where XLA chooses shardings, and of Explicit ones, which are part of a type."""
+    yield auto_mesh()
+    yield jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+
+def put(x, mesh, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+def placements():
+    """Every way to cut three dims along two mesh axes."""
+    for where in itertools.product((None, 0, 1, 2), repeat=2):
+        for order in ("ab", "ba") if where[0] == where[1] is not None else ("ab",):
+            yield [tuple(a for a in order if where["ab".index(a)] == d) or None for d in range(3)]
+
+
+def operands(dtype=F32):
+    x, residual = (normal(SHAPE, dtype, seed) * dtype.type(2) + dtype.type(1) for seed in range(2))
+    scale, bias = normal((2, SHAPE[AXIS]), dtype)
+    return tuple(map(jnp.asarray, (x, scale, bias, residual, masked_somewhere(SHAPE, AXIS))))
+
+
+def place(args, mesh, spec):
+    """x and what is like it cut alike, values a channel as its channels."""
+    return [put(a, mesh, *(spec if a.ndim == len(spec) else spec[AXIS : AXIS + 1])) for a in args]
+
+
+def op(f, kind):
+    def plain(x, scale, bias, residual, mask):
+        return f(x, scale, bias, axis=AXIS)
+
+    def everything(x, scale, bias, residual, mask):
+        return f(x, scale, bias, residual=residual, mask=mask, axis=AXIS, activation="relu")
+
+    return {"plain": plain, "all": everything}[kind]
+
+
+def gradient(f):
+    """All results and all cotangents."""
+
+    def run(*args):
+        results, back = jax.vjp(lambda *smooth: f(*smooth, *args[4:]), *args[:4])
+        return results, back(tuple(r * r for r in results))
+
+    return run
+
+
+def run(f, args, reduces=None):
+    """What f gives, without gathering anything and with that many sums over devices."""
+    compiled = jax.jit(f).lower(*args).compile()
+    text = compiled.as_text()
+    for moves in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert moves not in text, moves
+    sums = text.count(" all-reduce(") + text.count(" all-reduce-start(")
+    assert reduces is None or sums == reduces, (sums, reduces)
+    return compiled(*args)
+
+
+# ---- Partitioned by XLA ----------------------------------------------------------------------------------------------
+
+
+def check_layouts(kind, mesh, forward):
+    args, f = operands(), op(batch_norm, kind)
+    want = gradient(f)(*args)
+    for spec in placements():
+        cut = any(spec[d] for d in range(3) if d != AXIS)
+        placed = place(args, mesh, spec)
+        if forward:
+            assert_close(run(f, placed, 2 * cut), want[0], 2e-5)
+        got = run(gradient(f), placed, 3 * cut)
+        assert_close(got, want, 2e-5)
+        for a in (got[0][0], got[1][0]):
+            assert a.sharding.is_equivalent_to(placed[0].sharding, 3), (spec, a.sharding)
+
+
+@case
+def layouts_auto():
+    check_layouts("plain", next(meshes()), True)
+
+
+@case
+def layouts_explicit():
+    check_layouts("plain", list(meshes())[1], False)
+
+
+@case
+def layouts_all():
+    check_layouts("all", next(meshes()), False)
+
+
+@case
+def layouts_all_explicit():
+    args, f, mesh = operands(), op(batch_norm, "all"), list(meshes())[1]
+    want = gradient(f)(*args)
+    for spec in (("a", "b", None), (("b", "a"), None, None), (None, ("a", "b"), None), ("b", None, "a")):
+        assert_close(run(gradient(f), place(args, mesh, spec)), want, 2e-5)
+
+
+@case
+def parameters_on_every_device():
+    """As a program has them at first: what XLA does with values a channel is its own choice, the numbers are not."""
+    x, *rest = operands()
+    f = gradient(op(batch_norm, "all"))
+    want, mesh = f(x, *rest), auto_mesh()
+    for spec in (("a", "b"), (None, ("a", "b")), ("b",)):
+        assert_close(jax.jit(f)(put(x, mesh, *spec), *(put(a, mesh) for a in rest)), want, 2e-5)
+
+
+@case
+def dtypes():
+    for dtype, tolerance in ((np.float16, 4e-3), (jnp.bfloat16, 3e-2), (F64, 1e-12)):
+        with x64(dtype == F64):
+            x, scale, bias, *rest = operands(np.dtype(dtype))
+            f = gradient(op(batch_norm, "all"))
+            args = x, *(a.astype(jnp.promote_types(dtype, F32)) for a in (scale, bias)), *rest
+            assert_close(run(f, place(args, auto_mesh(), ("a", "b", None)), 3), f(*args), tolerance)
+
+
+@case
+def large_means():
+    """The parts' statistics are pooled without cancellation."""
+    x = normal((64, 4, 6), F32) + np.float32(1e4)
+    want = formula(x.astype(F64), axis=1)
+    _, _, var = run(lambda x: batch_norm(x, axis=1), [put(x, auto_mesh(), "a", None, "b")], 2)
+    assert np.abs(var / want[2] - 1).max() < 1e-4
+
+
+@case
+def uneven_parts():
+    """Within a program XLA also cuts what cannot be cut evenly."""
+    x, mesh = jnp.asarray(normal((5, 7, 3), F32)), auto_mesh()
+
+    def f(x, cut=lambda x: x):
+        def of(x):
+            return cut(batch_norm(cut(x + 1), axis=1, activation="relu")[0])
+
+        return of(x), jax.grad(lambda x: (of(x) ** 3).sum())(x)
+
+    for spec in (P("a", "b"), P(("a", "b")), P(None, ("b", "a"))):
+        cut = functools.partial(lax.with_sharding_constraint, shardings=NamedSharding(mesh, spec))
+        assert_close(jax.jit(functools.partial(f, cut=cut))(x), f(x), 2e-5)
+
+
+@case
+def vmap():
+    """Problems, or the elements or the channels of each, are cut."""
+    x, scale = jnp.asarray(normal((4, 8, 12), F32)), jnp.asarray(normal((4, 12), F32))
+
+    def f(x, scale):
+        results, back = jax.vjp(jax.vmap(batch_norm), x, scale)
+        return results, back(tuple(r * r for r in results))
+
+    want = f(x, scale)
+    for spec, reduces in (
+        (("a",), 0),
+        ((("a", "b"),), 0),
+        (("a", None, "b"), 0),
+        (("b", "a"), 3),
+        ((None, "a", "b"), 3),
+        ((None, ("a", "b")), 3),
+    ):
+        spec = (*spec, None, None)[:3]
+        for mesh in meshes():
+            assert_close(run(f, [put(x, mesh, *spec), put(scale, mesh, spec[0], spec[2])], reduces), want, 2e-5)
+    want = jax.vmap(batch_norm, 2, 1)(x)
+    assert_close(run(jax.vmap(batch_norm, 2, 1), [put(x, auto_mesh(), "a", None, "b")], 2), want, 2e-5)
+
+
+@case
+def second_derivatives():
+    """Of JAX operations, with what XLA makes of them."""
+    args = operands()
+    f = jax.grad(
+        lambda x, *rest: sum((a**2).sum() for a in jax.tree.leaves(gradient(op(batch_norm, "all"))(x, *rest)[1]))
+    )
+    for spec in (("a", "b", None), ("b", None, "a")):
+        assert_close(jax.jit(f)(*place(args, auto_mesh(), spec)), f(*args), 1e-4)
+
+
+@case
+def training():
+    """A scan of steps: losses and running statistics are those of one device."""
+    x, w = jnp.asarray(normal((3, 8, 6), F32)), jnp.asarray(normal((6, 4), F32, 1))
+
+    def loss(w, x):
+        y, mean, var = batch_norm(x @ w, activation="relu")
+        return (y**2 * weights(y)).sum(), (mean, var)
+
+    def steps(w, x):
+        def step(w, x):
+            (value, statistics), dw = jax.value_and_grad(loss, has_aux=True)(w, x)
+            return w - 0.01 * dw, (value, statistics)
+
+        return lax.scan(step, w, x)
+
+    mesh = auto_mesh()
+    assert_close(jax.jit(steps)(put(w, mesh, None, "b"), put(x, mesh, None, "a")), steps(w, x), 1e-4)
+
+
+# ---- Partitioned by hand ---------------------------------------------------------------------------------------------
+
+
+def in_parts(axis_name, **options):
+    def f(x, scale, bias, residual, mask):
+        return batch_norm(
+            x, scale, bias, residual=residual, mask=mask, axis=AXIS, activation="relu", axis_name=axis_name, **options
+        )
+
+    return f
+
+
+@case
+def shard_map():
+    """With axis_name as batch-norm of the whole, parameters shared or cut; masks count other elements in each part."""
+    with x64():
+        args = operands(F64)
+        want = gradient(op(formula, "all"))(*args)
+        for spec, name in (
+            (("a", None, "b"), ("a", "b")),
+            (("a", "b", None), "a"),
+            ((None, None, ("b", "a")), ("a", "b")),
+            ((None, "a", "b"), "b"),
+        ):
+            full, channels = P(*spec), P(*spec[AXIS : AXIS + 1])
+            specs = full, channels, channels, full, full
+            for mesh in meshes():
+                f = jax.shard_map(in_parts(name), mesh=mesh, in_specs=specs, out_specs=(full, channels, channels))
+                assert_close(jax.jit(gradient(f))(*place(args, mesh, spec)), want, 1e-10)
+
+
+@case
+def shard_map_without_axis_name():
+    """Each part is a problem of its own, the gradient of shared parameters their sum."""
+    with x64():
+        args = operands(F64)
+        parts, shared = P(("a", "b")), P()
+        specs = parts, shared, shared, parts, parts
+
+        def alone(x, scale, bias, residual, mask):
+            y, mean, var = in_parts(None)(x, scale, bias, residual, mask)
+            return y, mean[None], var[None]
+
+        f = jax.shard_map(alone, mesh=auto_mesh(), in_specs=specs, out_specs=(parts,) * 3)
+        split = [a[:, None] if a.ndim == 3 else a for a in args]
+        by_vmap = jax.vmap(functools.partial(op(formula, "all")), (0, None, None, 0, 0))
+        (y, *statistics), (dx, dscale, dbias, dresidual) = gradient(by_vmap)(*split)
+        want = (y[:, 0], *statistics), (dx[:, 0], dscale, dbias, dresidual[:, 0])
+        assert_close(jax.jit(gradient(f))(*args), want, 1e-10)
+
+
+@case
+def shard_map_of_some_axes():
+    """By hand along a, by XLA along b."""
+    with x64():
+        args, mesh = operands(F64), auto_mesh()
+        want = gradient(op(formula, "all"))(*args)
+        specs = P("a"), P(), P(), P("a"), P("a")
+        f = jax.shard_map(in_parts("a"), mesh=mesh, in_specs=specs, out_specs=(P("a"), P(), P()), axis_names={"a"})
+        for spec in (("a", None, "b"), ("a", "b", None)):
+            assert_close(jax.jit(gradient(f))(*place(args, mesh, spec)), want, 1e-10)
+
+
+def pmap(f, axes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return jax.pmap(f, axis_name="i", in_axes=axes)
+
+
+@case
+def pmap_of_unequal_parts():
+    if not hasattr(jax, "pmap"):
+        return
+    with x64():
+        args = unequal_parts()
+        want = gradient(whole(formula))(*args)
+        f = pmap(in_parts("i"), (0, None, None, 0, 0))
+        assert_close(gradient(f)(*args), want, 1e-10)
+
+
+@case
+def groups():
+    """The parts of a group are pooled, here two by two."""
+    if not hasattr(jax, "pmap"):
+        return
+    with x64():
+        x, scale, bias, residual, mask = unequal_parts()
+        f = pmap(in_parts("i", axis_index_groups=[[0, 3], [1, 2]]), (0, None, None, 0, 0))
+        y, mean, var = f(x, scale, bias, residual, mask)
+        got = jax.grad(lambda x: (f(x, scale, bias, residual, mask)[0] ** 3).sum())(x)
+        for group in (np.array([0, 3]), np.array([1, 2])):
+            of_group = functools.partial(formula, residual=residual[group], mask=mask[group], axis=2, activation="relu")
+            (want, want_mean, want_var), back = jax.vjp(lambda x: of_group(x, scale, bias), x[group])  # noqa: B023
+            assert_close(y[group], want)
+            for k in group:
+                assert_close((mean[k], var[k]), (want_mean, want_var))
+            nothing = jnp.zeros_like(want_mean)
+            assert_close(got[group], back((3 * want**2, nothing, nothing))[0], 1e-10)
+
+
+# ---- In processes ----------------------------------------------------------------------------------------------------
+
+
+def main(names):
+    warnings.simplefilter("error")
+    for name in names.split():
+        CASES[name]()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_devices(part):
+    """Several in each process: it takes seconds to start."""
+    names = " ".join(list(CASES)[part::4])
+    code = f"import test_jax_batchnorm_devices\ntest_jax_batchnorm_devices.main({names!r})"
+    flags = "--xla_force_host_platform_device_count=4"
+    python(code, warnings="ignore", timeout=300, XLA_FLAGS=flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
