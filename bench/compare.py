@@ -75,8 +75,8 @@ def cells(record, subject, name, over):
     """The time and the time an element, or the ratio; None if it was not measured."""
     name = name.format(subject)
     if over is None:
-        seconds = record["seconds"][name]["median"]
-        return [time_text(seconds), f"{seconds / record['elements'] * 1e9:.3f}"]
+        seconds = record["seconds"].get(name, {}).get("median")
+        return [time_text(seconds), f"{seconds / record['elements'] * 1e9:.3f}"] if seconds else None
     ratio = record["ratios"].get(f"{name} / {over.format(subject)}")
     return [f"{number_text(ratio['median'])} ({number_text(ratio['min'])})"] if ratio else None
 
@@ -94,7 +94,7 @@ def print_table(op, records):
         for subject in op.SUBJECTS:
             row = [label(record[name]) for name in labels] + [subject]
             for column in columns:
-                row += cells(record, subject, *column[1:]) or ["-"]
+                row += cells(record, subject, *column[1:]) or (["-"] if column[2] else ["-", "-"])
             table.add_row(*row)
     console.print(table)
 
