@@ -15,6 +15,14 @@ enum { CHUNK = 16 * MASK_TILE };
 
 typedef void (*make_words)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
 
+/* Bits that have been made before; beyond the last there are zeros. */
+static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
+    const size_t from = 4 * (size_t)first, size = 4 * words;
+    const size_t have = from < draw->num_bytes ? draw->num_bytes - from : 0, n = have < size ? have : size;
+    memcpy(keep, draw->bits + from, n); /* words and bytes have the same order of bits on little-endian machines */
+    memset((char *)keep + n, 0, size - n);
+}
+
 static enum pyreg_status prepare(const struct pyreg_mask *mask, struct draw *draw, make_words *make) {
     if ((unsigned)mask->generator >= PYREG_NUM_GENERATORS) return PYREG_BAD_GENERATOR;
     if (!(mask->rate >= 0 && mask->rate <= 1)) return PYREG_BAD_RATE;
@@ -31,6 +39,11 @@ static enum pyreg_status prepare(const struct pyreg_mask *mask, struct draw *dra
         draw->limit = (uint64_t)ceil(keep * 0x1p52);
         *make = kernels->threefry_x64;
         break;
+    case PYREG_PACKED:
+        draw->bits = mask->bits;
+        draw->num_bytes = mask->num_bytes;
+        *make = read_packed;
+        return PYREG_OK;
     default: { /* rounded to 64 bits; the largest double below 1 still fits */
         draw->limit = mask->rate < 1 ? (uint64_t)nearbyint(mask->rate * 0x1p64) : 0;
         *make = kernels->philox;
@@ -275,8 +288,9 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.x = x;
     op.y = y;
     op.size = dispatch_bytes(dtype);
+    const bool fast = mask->generator == PYREG_PHILOX || mask->generator == PYREG_PACKED;
     /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
-    op.tile = mask->generator == PYREG_PHILOX ? MASK_TILE : MASK_GROUP;
+    op.tile = fast ? MASK_TILE : MASK_GROUP;
     plan_rows(&op, ndim, dims);
     const size_t bytes = (size_t)count * op.size;
     op.large =
@@ -284,7 +298,7 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
 
     const struct phase phase = {
         (size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
-    const double ns = mask->generator == PYREG_PHILOX ? 0.2 : 1.0; /* an element, roughly */
+    const double ns = fast ? 0.2 : 1.0; /* an element, roughly */
     return parallel_run(&phase, 1, &op, ns * (double)count + 0.05 * (double)bytes);
 }
 

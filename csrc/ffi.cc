@@ -52,20 +52,26 @@ char *at(ffi::AnyBuffer x, int64_t offset) { return static_cast<char *>(x.untype
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------- */
 
-/* x, y: (batch..., inner...); key: (batch..., 2), 1 in place of a batch dim that shares its mask.
- * window: (2, number of inner dims): where x begins in the array that the mask is for, and the mask's shape there, 1 for
- * a dim along which it is broadcast. */
-ffi::Error dropout(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> key, ffi::Buffer<ffi::S32> window,
-                   ffi::Result<ffi::AnyBuffer> y, int64_t generator, double rate) {
+/* Operands: x, y: (batch..., inner...).  key: (batch..., 2), or bits: (batch..., bytes), a packed mask; both have 1 in
+ * place of a batch dim that shares its mask.  window: (2, number of inner dims): where x begins in the array that the mask
+ * is for, and the mask's shape there, 1 for a dim along which it is broadcast. */
+
+using Window = ffi::Buffer<ffi::S32>;
+
+size_t inner_dims(Window window) { return static_cast<size_t>(window.dimensions()[1]); }
+
+/* set_mask(&mask, j): fills in what the j-th key, or row of bits, says. */
+template <typename SetMask>
+ffi::Error dropout_each(ffi::AnyBuffer x, Dims key_dims, Window window, ffi::AnyBuffer y, pyreg_mask mask,
+                        SetMask set_mask) {
     const NoInterrupts guard;
-    const Dims dims = x.dimensions(), key_dims = key.dimensions();
-    const size_t inner = static_cast<size_t>(window.dimensions()[1]), batch = dims.size() - inner;
+    const Dims dims = x.dimensions();
+    const size_t inner = inner_dims(window), batch = dims.size() - inner;
     const int32_t *start = window.typed_data(), *mask_shape = start + inner;
     if (x.element_count() == 0) return ffi::Error::Success();
 
-    const auto strides = strides_of(dims, bytes_of(x)), key_strides = strides_of(key_dims, 1);
+    const auto strides = strides_of(dims, bytes_of(x)), key_strides = strides_of(key_dims.first(batch), 1);
     std::vector<int64_t> shape, x_strides, mask_strides, count, x_step, key_step; /* of one key; over the keys */
-    uint64_t offset = 0;
     for (size_t d = 0; d < batch; d++)
         if (key_dims[d] == dims[d] && dims[d] != 1) {
             count.push_back(dims[d]), x_step.push_back(strides[d]), key_step.push_back(key_strides[d]);
@@ -79,16 +85,15 @@ ffi::Error dropout(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> key, ffi::Buffer<ffi:
         shape[first + d] = dims[batch + d];
         x_strides[first + d] = strides[batch + d];
         mask_strides[first + d] = mask_shape[d] == 1 ? 0 : step;
-        if (mask_shape[d] != 1) offset += static_cast<uint64_t>(start[d]) * static_cast<uint64_t>(step);
+        if (mask_shape[d] != 1) mask.offset += static_cast<uint64_t>(start[d]) * static_cast<uint64_t>(step);
     }
 
-    pyreg_mask mask = {static_cast<pyreg_generator>(generator), {0, 0}, rate, offset};
     std::vector<int64_t> index(count.size(), 0);
     for (int64_t x_at = 0, key_at = 0;;) {
-        mask.key[0] = key.typed_data()[key_at], mask.key[1] = key.typed_data()[key_at + 1];
+        set_mask(&mask, key_at);
         const pyreg_status status =
             pyreg_dropout(dtype_of(x), &mask, true, static_cast<int>(shape.size()), shape.data(), at(x, x_at),
-                          x_strides.data(), at(*y, x_at), x_strides.data(), mask_strides.data());
+                          x_strides.data(), at(y, x_at), x_strides.data(), mask_strides.data());
         if (status != PYREG_OK) return error_of(status);
         size_t d = index.size();
         for (; d > 0; d--) { /* the next key */
@@ -101,14 +106,63 @@ ffi::Error dropout(ffi::AnyBuffer x, ffi::Buffer<ffi::U32> key, ffi::Buffer<ffi:
     }
 }
 
+using Keys = ffi::Buffer<ffi::U32>;
+using Bits = ffi::Buffer<ffi::U8>;
+
+pyreg_mask mask_of(int64_t generator, double rate) {
+    return {static_cast<pyreg_generator>(generator), {0, 0}, rate, 0, nullptr, 0};
+}
+
+void set_key(pyreg_mask *mask, Keys keys, int64_t j) {
+    mask->key[0] = keys.typed_data()[2 * j], mask->key[1] = keys.typed_data()[2 * j + 1];
+}
+
+ffi::Error dropout(ffi::AnyBuffer x, Keys keys, Window window, ffi::Result<ffi::AnyBuffer> y, int64_t generator,
+                   double rate) {
+    return dropout_each(x, keys.dimensions(), window, *y, mask_of(generator, rate),
+                        [&](pyreg_mask *mask, int64_t j) { set_key(mask, keys, j); });
+}
+
+ffi::Error dropout_packed(ffi::AnyBuffer x, Bits bits, Window window, ffi::Result<ffi::AnyBuffer> y, double rate) {
+    const Dims dims = bits.dimensions();
+    pyreg_mask packed = mask_of(PYREG_PACKED, rate);
+    packed.num_bytes = static_cast<size_t>(dims[dims.size() - 1]);
+    return dropout_each(x, dims, window, *y, packed, [&](pyreg_mask *mask, int64_t j) {
+        mask->bits = bits.typed_data() + static_cast<size_t>(j) * mask->num_bytes;
+    });
+}
+
+/* The packed masks of all keys, for dropout_packed. */
+ffi::Error dropout_mask(Keys keys, Window window, ffi::Result<Bits> bits, int64_t generator, double rate) {
+    const NoInterrupts guard;
+    const size_t inner = inner_dims(window), bytes = static_cast<size_t>(bits->dimensions().back());
+    size_t n = 1;
+    for (size_t d = 0; d < inner; d++) n *= static_cast<size_t>(window.typed_data()[inner + d]);
+    pyreg_mask mask = mask_of(generator, rate);
+    for (size_t j = 0; j < keys.element_count() / 2; j++) {
+        set_key(&mask, keys, static_cast<int64_t>(j));
+        const pyreg_status status = pyreg_dropout_mask(&mask, n, true, bits->typed_data() + j * bytes);
+        if (status != PYREG_OK) return error_of(status);
+    }
+    return ffi::Error::Success();
+}
+
 XLA_FFI_DEFINE_HANDLER(dropout_handler, dropout,
                        ffi::Ffi::Bind()
                            .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::Buffer<ffi::U32>>()
-                           .Arg<ffi::Buffer<ffi::S32>>()
+                           .Arg<Keys>()
+                           .Arg<Window>()
                            .Ret<ffi::AnyBuffer>()
                            .Attr<int64_t>("generator")
                            .Attr<double>("rate"));
+
+XLA_FFI_DEFINE_HANDLER(
+    dropout_packed_handler, dropout_packed,
+    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<Bits>().Arg<Window>().Ret<ffi::AnyBuffer>().Attr<double>("rate"));
+
+XLA_FFI_DEFINE_HANDLER(
+    dropout_mask_handler, dropout_mask,
+    ffi::Ffi::Bind().Arg<Keys>().Arg<Window>().Ret<Bits>().Attr<int64_t>("generator").Attr<double>("rate"));
 
 /* ---- Batch-norm --------------------------------------------------------------------------------------------------
  * All operands have the same leading batch dims, of problems of their own.  Behind them x and what is like it have the
@@ -220,6 +274,8 @@ XLA_FFI_DEFINE_HANDLER(batch_norm_backward_handler, batch_norm_backward,
 
 extern "C" const pyreg_ffi_handler pyreg_ffi_handlers[] = {
     {"pyreg_dropout_v1", reinterpret_cast<void *>(dropout_handler)},
+    {"pyreg_dropout_mask_v1", reinterpret_cast<void *>(dropout_mask_handler)},
+    {"pyreg_dropout_packed_v1", reinterpret_cast<void *>(dropout_packed_handler)},
     {"pyreg_batch_norm_forward_v1", reinterpret_cast<void *>(batch_norm_forward_handler)},
     {"pyreg_batch_norm_backward_v1", reinterpret_cast<void *>(batch_norm_backward_handler)},
     {nullptr, nullptr},

@@ -52,15 +52,19 @@ enum { PYREG_MAX_DIMS = 64 };
  *   (high 32 bits of i, low 32 bits of i) gives (a, b); dropped iff (a ^ b) >> 9 >= ceil(f32(1 - rate) * 2^23).
  * PYREG_THREEFRY_X64.  The same with x64 on: dropped iff (a << 32 | b) >> 12 >= ceil((1 - rate) * 2^52).
  *
+ * PYREG_PACKED.  Bit i of `bits`, which pyreg_dropout_mask has packed: for a mask that is used more than once.
+ *
  * [1] Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
  */
-enum pyreg_generator { PYREG_PHILOX, PYREG_THREEFRY, PYREG_THREEFRY_X64, PYREG_NUM_GENERATORS };
+enum pyreg_generator { PYREG_PHILOX, PYREG_THREEFRY, PYREG_THREEFRY_X64, PYREG_PACKED, PYREG_NUM_GENERATORS };
 
 struct pyreg_mask {
     enum pyreg_generator generator;
     uint32_t key[2];
-    double rate;     /* probability of dropping, in [0, 1]; 0 and 1 draw nothing */
-    uint64_t offset; /* index of the first element */
+    double rate;         /* probability of dropping, in [0, 1]; 0 and 1 draw nothing */
+    uint64_t offset;     /* index of the first element */
+    const uint8_t *bits; /* PYREG_PACKED only */
+    size_t num_bytes;
 };
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------

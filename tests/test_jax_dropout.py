@@ -21,7 +21,7 @@ from pyreg.jax import _backend
 
 jnp, lax = jax.numpy, jax.lax
 HAS_FLATBUFFERS = importlib.util.find_spec("flatbuffers") is not None  # else JAX exports, but not to bytes
-EXPORTABLE = [jax.export.DisabledSafetyCheck.custom_call("pyreg_dropout_v1")]
+EXPORTABLE = [jax.export.DisabledSafetyCheck.custom_call(name) for name in pyreg.jax.ffi_targets()]
 
 
 def dropout(rate, dims=(), impl="auto"):

@@ -17,6 +17,8 @@ struct draw {
     uint64_t limit;                       /* philox: dropped iff u < limit, of 2^64; threefry: kept iff draw < limit */
     uint64_t round_key[PHILOX_ROUNDS][2]; /* philox */
     uint32_t digit[LIMIT_DIGITS];         /* philox: the binary digits of limit, top one first, as masks 0 or ~0 */
+    const uint8_t *bits;                  /* packed: the mask itself, of so many bytes */
+    size_t num_bytes;
 };
 
 /* Loops that make mask bits: one table an ISA.  `first` is the index of word 0's element 0 divided by 32; `words` is a

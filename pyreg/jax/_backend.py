@@ -33,6 +33,22 @@ def describe() -> str:
     return ": ".join(_chosen) if _chosen else "not used yet"
 
 
+def ffi_targets() -> list[str]:
+    """The names under which exported programs call pyreg's kernels; they stay as they are.
+
+    `jax.export` wants to be told of them, and whoever runs the program must have lowered an op before, or registered
+    them.
+
+    Examples
+    --------
+    >>> import jax, pyreg.jax
+    >>> checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in pyreg.jax.ffi_targets()]
+    >>> f = jax.jit(lambda x, key: pyreg.jax.dropout(x, key=key))
+    >>> exported = jax.export.export(f, disabled_checks=checks)(jax.numpy.ones(8), jax.random.key(0))
+    """
+    return list(_core.ffi_handlers())
+
+
 def _choose(wanted: str) -> tuple[str, str]:
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"{VARIABLE} is {wanted!r}; wanted auto, {', '.join(BACKENDS)}")

@@ -30,6 +30,7 @@ class Mask(NamedTuple):
     broadcast: tuple[bool, ...]  # for each inner dim
     key_impl: Any = None  # of "jax"
     partitionable: bool = True  # of "jax": jax_threefry_partitionable
+    shared: bool = False  # by a forward and a backward pass
 
 
 # ---- In JAX operations -----------------------------------------------------------------------------------------------
@@ -106,7 +107,18 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 
 
 def _native(x: jax.Array, words: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
-    return _call(x, words, (0,) * len(mask.broadcast), x.shape, mask, reuse)
+    start = (0,) * len(mask.broadcast)
+    if not mask.shared or mask.generator == "philox":  # whose bits cost no more than to read them
+        return _call(x, words, start, x.shape, mask, reuse)
+    # The bits alone are one operation in forward and backward pass, so a program that has both makes them once.
+    whole = _mask_shape(x.shape[x.ndim - len(start) :], mask)
+    packed = jax.ShapeDtypeStruct((*words.shape[:-1], (math.prod(whole) + 7) // 8), jnp.uint8)
+    window = _window(start, whole)
+    draw = jax.ffi.ffi_call("pyreg_dropout_mask_v1", packed)
+    bits = draw(words, window, generator=_ops._IMPLS[mask.generator], rate=mask.rate)
+    apply = jax.ffi.ffi_call("pyreg_dropout_packed_v1", [jax.typeof(x)], input_output_aliases={0: 0} if reuse else {})
+    y: Sequence[jax.Array] = apply(x, bits, window, rate=mask.rate)
+    return y
 
 
 def _as_array(values: Sequence[Any]) -> jax.Array:
@@ -114,14 +126,18 @@ def _as_array(values: Sequence[Any]) -> jax.Array:
     return jnp.stack([jnp.asarray(n, jnp.int32) for n in values]) if len(values) else jnp.zeros(0, jnp.int32)
 
 
+def _window(start: Sequence[Any], whole: Sequence[Any]) -> jax.Array:
+    return jnp.stack([_as_array(start), _as_array(whole)])
+
+
 def _call(
     x: jax.Array, words: jax.Array, start: Sequence[Any], shape: Sequence[int], mask: Mask, reuse: bool
 ) -> Sequence[jax.Array]:
     """start: where the inner dims of x begin in those of an array of `shape`.  reuse: write over x if XLA can."""
     whole = _mask_shape(shape[len(shape) - len(start) :], mask)
-    window = jnp.stack([_as_array(start), _as_array(whole)])
     call = jax.ffi.ffi_call("pyreg_dropout_v1", [jax.typeof(x)], input_output_aliases={0: 0} if reuse else {})
-    y: Sequence[jax.Array] = call(x, words, window, generator=_ops._IMPLS[mask.generator], rate=mask.rate)
+    generator = _ops._IMPLS[mask.generator]
+    y: Sequence[jax.Array] = call(x, words, _window(start, whole), generator=generator, rate=mask.rate)
     return y
 
 
@@ -170,10 +186,12 @@ dropout_p = _primitive.define(
 )
 
 
-def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+def _jvp(primals: Any, tangents: Any, *, mask: Mask) -> Any:
     dx, words = tangents[0], primals[1]
-    y = dropout_p.bind(*primals, **params)
-    return y, [dx if type(dx) is ad.Zero else dropout_p.bind(dx, words, **params)[0]]
+    if type(dx) is ad.Zero:
+        return dropout_p.bind(*primals, mask=mask), [dx]
+    mask = mask._replace(shared=True)
+    return dropout_p.bind(*primals, mask=mask), dropout_p.bind(dx, words, mask=mask)
 
 
 def _transpose(cotangents: Any, x: Any, words: Any, **params: Any) -> Any:
