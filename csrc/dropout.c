@@ -19,7 +19,8 @@ typedef void (*make_words)(const struct draw *draw, uint64_t first, size_t words
 static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
     const size_t from = 4 * (size_t)first, size = 4 * words;
     const size_t have = from < draw->num_bytes ? draw->num_bytes - from : 0, n = have < size ? have : size;
-    memcpy(keep, draw->bits + from, n); /* words and bytes have the same order of bits on little-endian machines */
+    if (n)
+        memcpy(keep, draw->bits + from, n); /* words and bytes have the same order of bits on little-endian machines */
     memset((char *)keep + n, 0, size - n);
 }
 

@@ -16,6 +16,7 @@ from jax.interpreters import ad, batching
 
 from pyreg import _core, _ops
 from pyreg.jax import _primitive
+from pyreg.jax._random import threefry2x32
 
 __all__ = ["dropout"]
 
@@ -40,13 +41,25 @@ def _draw(words: jax.Array, mask: Mask, shape: tuple[int, ...]) -> jax.Array:
     """The mask for one key, true where an element is kept."""
     if mask.generator == "philox":
         return _philox(words, mask.rate, shape)
-    keep: Any = 1.0 - mask.rate
     if mask.generator == "jax":
         with jax.threefry_partitionable(mask.partitionable):
-            return jax.random.bernoulli(jax.random.wrap_key_data(words, impl=mask.key_impl), keep, shape)
-    keep = np.float64(keep) if mask.generator == "threefry_x64" else np.float32(keep)
-    with jax.threefry_partitionable(True):
-        return jax.random.bernoulli(jax.random.wrap_key_data(words, impl="threefry2x32"), keep, shape)
+            return jax.random.bernoulli(jax.random.wrap_key_data(words, impl=mask.key_impl), 1.0 - mask.rate, shape)
+    return _threefry(words, mask.rate, shape, mask.generator == "threefry_x64")
+
+
+def _threefry(words: jax.Array, rate: float, shape: tuple[int, ...], x64: bool) -> jax.Array:
+    """The mask defined as PYREG_THREEFRY in csrc/pyreg.h."""
+    n = math.prod(shape)
+    if isinstance(n, int) and n > 1 << 32:
+        raise ValueError(f"the mask has {n} elements; wanted at most 2**32 where XLA cannot call pyreg's kernels")
+    index = jnp.arange(n, dtype=jnp.uint32)
+    a, b = threefry2x32(words[0], words[1], jnp.zeros_like(index), index)
+    keep = 1.0 - rate
+    if x64:
+        kept = (a.astype(jnp.uint64) << 32 | b) >> 12 < np.uint64(math.ceil(keep * 2.0**52))
+    else:
+        kept = (a ^ b) >> 9 < np.uint32(math.ceil(float(np.float32(keep)) * 2.0**23))
+    return kept.reshape(shape)
 
 
 def _multiply(a: int, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -41,6 +41,12 @@ static void check(enum pyreg_dtype dtype, const struct pyreg_mask *mask, size_t 
         if (is_zero(y + i * size, size) == kept[i]) fail("dropout is not the mask", n);
         if ((packed[i / 8] >> i % 8 & 1) != kept[i]) fail("packed is not the mask", n);
     }
+    char *again = malloc(n * size + !n);
+    struct pyreg_mask from_bits = {.generator = PYREG_PACKED, .rate = mask->rate};
+    from_bits.bits = packed, from_bits.num_bytes = (n + 7) / 8;
+    if (pyreg_dropout(dtype, &from_bits, true, 1, &shape, x, &strided, again, &dense, NULL)) fail("from bits", n);
+    if (n && memcmp(again, y, n * size)) fail("from bits differs", n);
+    free(again);
     if (pyreg_dropout(dtype, mask, true, 1, &shape, x, &strided, x, &strided, NULL)) fail("in place", n);
     for (size_t i = 0; i < n; i++)
         if (memcmp(x + i * (size_t)strided, y + i * size, size)) fail("in place differs", n);
@@ -50,14 +56,14 @@ static void check(enum pyreg_dtype dtype, const struct pyreg_mask *mask, size_t 
 int main(void) {
     if (pyreg_init()) return 2; /* this machine lacks the instruction set */
     static const double rates[] = {0, 0.1, 0.5, 1};
-    for (int g = 0; g < PYREG_NUM_GENERATORS; g++)
+    for (int g = 0; g < PYREG_PACKED; g++)
         for (int d = 0; d < PYREG_NUM_DTYPES; d++)
             for (size_t n = 0; n < 1100; n++) {
-                const struct pyreg_mask mask = {(enum pyreg_generator)g, {1, 2}, rates[n % 4], n * 0x10001};
+                const struct pyreg_mask mask = {(enum pyreg_generator)g, {1, 2}, rates[n % 4], n * 0x10001, NULL, 0};
                 check((enum pyreg_dtype)d, &mask, n, 1 + (int64_t)(n % 5 == 0));
             }
     for (size_t n = 9000; n < 200000; n += 60007) { /* several tiles, chunks and threads */
-        const struct pyreg_mask mask = {PYREG_PHILOX, {3, 4}, 0.1, n};
+        const struct pyreg_mask mask = {PYREG_PHILOX, {3, 4}, 0.1, n, NULL, 0};
         pyreg_set_num_threads(1 + (int)(n % 3));
         check(PYREG_F32, &mask, 8 * n, 1);
         check(PYREG_BF16, &mask, n, 3);
