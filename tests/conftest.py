@@ -48,7 +48,10 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module", params=["callback", "jax", "ffi"])  # the last stays until the end of the module
+CALLBACK = pytest.param("callback", marks=pytest.mark.slow)  # used by who asks for it only
+
+
+@pytest.fixture(scope="module", params=[CALLBACK, "jax", "ffi"])  # the last stays until the end of the module
 def jax_backend(request):
     """Runs the test once on each backend of pyreg.jax."""
     jax = pytest.importorskip("jax")
