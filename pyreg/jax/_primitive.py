@@ -107,9 +107,8 @@ def check_array(x: Any) -> jax.Array:
 
 
 def _varying(aval: Any) -> frozenset[str]:
-    """Mesh axes of shard_map over which a value varies; JAX 0.9 has another name for it."""
-    kind = getattr(aval, "manual_axis_type", None)
-    axes: frozenset[str] = kind.varying if kind is not None else getattr(aval, "vma", frozenset())
+    """Mesh axes of shard_map over which a value varies.  Without a default: gradients would be wrong in silence."""
+    axes: frozenset[str] = aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # vma: JAX 0.9
     return axes
 
 
