@@ -254,6 +254,11 @@ def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
     return jax.random.key_data(key), "jax", key_impl
 
 
+def check_impl(impl: Impl) -> None:
+    if impl not in ("auto", "philox"):
+        raise ValueError(f"impl is {impl!r}; wanted 'auto' or 'philox'")
+
+
 def dropout(
     x: jax.typing.ArrayLike,
     rate: float = 0.5,
@@ -312,8 +317,7 @@ def dropout(
     if isinstance(rate, jax.core.Tracer):
         raise TypeError("rate is a traced value; wanted a number (static_argnames of jax.jit keeps it one)")
     rate = _ops._check_rate(rate)
-    if impl not in ("auto", "philox"):
-        raise ValueError(f"impl is {impl!r}; wanted 'auto' or 'philox'")
+    check_impl(impl)
     x = _primitive.check_array(x)
     mask_shape = _ops._mask_shape(x.shape, broadcast_dims)
     if deterministic or rate == 0.0:

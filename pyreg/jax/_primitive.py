@@ -98,9 +98,13 @@ def define(
 # ---- Operands --------------------------------------------------------------------------------------------------------
 
 
+def is_supported(dtype: Any) -> bool:
+    return dtype in (jnp.float32, jnp.float64, jnp.float16, jnp.bfloat16)
+
+
 def check_array(x: Any) -> jax.Array:
     x = jnp.asarray(x)
-    if x.dtype not in (jnp.float32, jnp.float64, jnp.float16, jnp.bfloat16):
+    if not is_supported(x.dtype):
         raise TypeError(f"x has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
     array: jax.Array = x
     return array

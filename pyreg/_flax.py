@@ -1,0 +1,60 @@
+"""What the drop-ins for Flax's two families of layers share: which inputs pyreg takes, and attention's dropout."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pyreg import _ops
+from pyreg.jax import dropout
+from pyreg.jax._primitive import is_supported
+
+Array = jax.Array
+Impl = Literal["auto", "philox"]
+Activation = Literal["relu"] | None
+
+
+def draws(x: Any, rate: Any) -> bool:
+    """Whether there is a mask to draw, and pyreg.jax.dropout means by these what Flax's Dropout does.
+
+    It does not where Flax's keep probability would decide the dtype of the draw or of the result.
+    """
+    return (
+        isinstance(rate, (int, float))
+        and check_rate(rate) not in (0, 1)
+        and hasattr(x, "dtype")
+        and is_supported(x.dtype)
+        and jnp.result_type(x, rate) == x.dtype
+    )
+
+
+def check_rate(rate: float) -> float:
+    try:
+        return _ops._check_rate(rate)
+    except ValueError as error:
+        raise ValueError(f"{error} (Flax does not check it, pyreg does)") from None
+
+
+def drop_weights(weights: Array, dtype: Any, rate: float, key: Any, broadcast: bool, impl: Impl) -> Array:
+    """Dropout of attention weights (..., heads, queries, keys); broadcast: one mask for all but the last two dims.
+
+    Flax multiplies by 1 / keep, rounded to `dtype`, the one of queries and values; bfloat16's shows the rounding.
+    """
+    if broadcast or dtype == jnp.bfloat16 or dtype != weights.dtype:
+        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast else weights.shape
+        return weights * dropout(jnp.ones(shape, dtype), rate, key=key, impl=impl)
+    return dropout(weights, rate, key=key, impl=impl)
+
+
+def activate(y: Array, activation: Activation) -> Array:
+    return jax.nn.relu(y) if _ops._check_activation(activation) else y
+
+
+def normalises(x: Any, axis: Any) -> bool:
+    """Whether pyreg.jax.batch_norm takes this input."""
+    return isinstance(axis, int) and is_supported(x.dtype)
+
+
+def step(momentum: float, old: Array, new: Array) -> Array:
+    """A running statistic after a batch."""
+    return momentum * old + (1 - momentum) * new

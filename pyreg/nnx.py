@@ -1,0 +1,309 @@
+"""Drop-ins for Flax's nnx: the same arguments, state, random streams and numbers, computed by pyreg's kernels.
+
+Each class is a subclass of Flax's that changes the computation only.  Where there is nothing for a kernel to do, or
+something to complain about, Flax's own code answers.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import attention, dtypes
+
+from pyreg import _ops
+from pyreg._flax import Activation, Impl, activate, check_rate, draws, drop_weights, normalises, step
+from pyreg.jax import batch_norm, dropout
+from pyreg.jax._dropout import check_impl
+
+__all__ = ["BatchNorm", "Dropout", "convert", "dot_product_attention", "revert"]
+
+Model = TypeVar("Model")
+
+
+class Dropout(nnx.Dropout):
+    """`flax.nnx.Dropout`: for the same stream the same values and gradients, bit for bit.
+
+    Parameters
+    ----------
+    rate, broadcast_dims, deterministic, rng_collection, rngs
+        As for Flax's class.  A rate outside [0, 1] is an error here.
+    impl : {"auto", "philox"}
+        ``"auto"``: Flax's mask.  ``"philox"``: another one for the same key, several times faster; see
+        :func:`pyreg.jax.dropout`.
+
+    Examples
+    --------
+    >>> import jax, pyreg.nnx
+    >>> from flax import nnx
+    >>> layer = pyreg.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    >>> y = layer(jax.numpy.ones((2, 3)))
+    >>> bool((y == nnx.Dropout(0.5, rngs=nnx.Rngs(0))(jax.numpy.ones((2, 3)))).all())
+    True
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        check_impl(impl)
+        super().__init__(
+            rate,
+            broadcast_dims=broadcast_dims,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+        )
+        self.impl = impl
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+    ) -> jax.Array:
+        """Dropout of ``inputs``, as Flax's: what is given here goes before what the constructor was given."""
+        off = self.deterministic if deterministic is None else deterministic
+        stream = self.rngs if rngs is None else rngs
+        if off is None or off or not isinstance(stream, _SOURCES) or not draws(inputs, self.rate):
+            return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
+        if isinstance(stream, nnx.Rngs):
+            stream = stream[self.rng_collection]
+        key = stream() if isinstance(stream, nnx.RngStream) else stream
+        return dropout(inputs, self.rate, key=key, broadcast_dims=self.broadcast_dims, impl=self.impl)
+
+
+_SOURCES = (nnx.Rngs, nnx.RngStream, jax.Array)
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm`, with mean and variance that are right at any ratio of mean to standard deviation.
+
+    Parameters
+    ----------
+    num_features, use_running_average, axis, momentum, epsilon, dtype, ...
+        As for Flax's class; ``use_fast_variance`` makes no difference.  Devices of ``axis_name`` are pooled by their
+        number of elements, also where a mask makes these differ.
+    activation : {None, "relu"}
+        Applied to the result, in the same sweep.
+
+    Examples
+    --------
+    >>> import jax, pyreg.nnx
+    >>> from flax import nnx
+    >>> layer = pyreg.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+    >>> y = layer(jax.numpy.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> layer.mean[...], layer.var[...]
+    (Array([0.2, 2. ], dtype=float32), Array([ 1. , 10.9], dtype=float32))
+    """
+
+    def __init__(self, num_features: int, *, activation: Activation = None, **options: Any) -> None:
+        _ops._check_activation(activation)
+        super().__init__(num_features, **options)
+        self.activation = activation
+
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> jax.Array:
+        """Batch-norm of ``x``, as Flax's: by the batch's statistics, or by the running ones."""
+        by_running = self.use_running_average if use_running_average is None else use_running_average
+        scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        a, _, _, scale, bias = self.promote_dtype((x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype)
+        if by_running is None or by_running or not normalises(a, self.axis):
+            return activate(super().__call__(x, use_running_average, mask=mask), self.activation)
+        y, mean, var = batch_norm(
+            a,
+            scale,
+            bias,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            mask=None if mask is None else jnp.asarray(mask, bool),
+            activation=self.activation,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+        )
+        for running, new in ((self.mean, mean), (self.var, var)):
+            value = step(self.momentum, running[...], new)
+            running[...] = jax.lax.stop_gradient(value) if running._can_update else value  # as Flax: not into a ref
+        return y
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+    is_causal: bool = False,
+    *,
+    impl: Impl = "auto",
+) -> jax.Array:
+    """`flax.nnx.dot_product_attention` with pyreg's dropout: ``attention_fn`` of `flax.nnx.MultiHeadAttention`.
+
+    Parameters
+    ----------
+    query : jax.Array, shape (..., queries, heads, channels)
+    key : jax.Array, shape (..., keys, key_heads, channels)
+    value : jax.Array, shape (..., keys, key_heads, value_channels)
+    bias, mask, broadcast_dropout, dropout_rng, ...
+        As for Flax's function.
+    impl : {"auto", "philox"}
+        As for :class:`Dropout`.
+
+    Returns
+    -------
+    jax.Array, shape (..., queries, heads, value_channels)
+        For the same key, Flax's bits.
+
+    Examples
+    --------
+    >>> import pyreg.nnx
+    >>> from flax import nnx
+    >>> layer = nnx.MultiHeadAttention(
+    ...     2, 8, dropout_rate=0.1, decode=False, attention_fn=pyreg.nnx.dot_product_attention, rngs=nnx.Rngs(0)
+    ... )
+    """
+    rest: dict[str, Any] = {
+        "bias": bias,
+        "mask": mask,
+        "dropout_rate": dropout_rate,
+        "precision": precision,
+        "module": module,
+        "promote_dtype": promote_dtype,
+        "is_causal": is_causal,
+    }
+    if deterministic or dropout_rng is None or check_rate(dropout_rate) in (0, 1):
+        return nnx.dot_product_attention(
+            query,
+            key,
+            value,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
+            deterministic=deterministic,
+            dtype=dtype,
+            **rest,
+        )
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    weights = attention.dot_product_attention_weights(query, key, deterministic=True, dtype=query.dtype, **rest)
+    weights = drop_weights(weights, value.dtype, dropout_rate, dropout_rng, broadcast_dropout, impl)
+    return _weighted_sum(weights, value, functools.partial(jnp.einsum, precision=precision))
+
+
+def _weighted_sum(weights: jax.Array, value: jax.Array, einsum: Callable[..., jax.Array]) -> jax.Array:
+    """Attention's result (..., queries, heads, channels); value (..., keys, heads, channels) may have fewer heads."""
+    heads, value_heads = weights.shape[-3], value.shape[-2]
+    if heads == value_heads:
+        return einsum("...hqk,...khd->...qhd", weights, value)
+    if heads % value_heads:
+        raise ValueError(f"query has {heads} heads; wanted a multiple of value's, {value_heads}")
+    weights = weights.reshape(*weights.shape[:-3], value_heads, heads // value_heads, *weights.shape[-2:])
+    y = einsum("...hgqk,...khd->...qhgd", weights, value)
+    return y.reshape(*y.shape[:-3], heads, y.shape[-1])
+
+
+# ---- A whole model ---------------------------------------------------------------------------------------------------
+
+
+def convert(model: Model, *, impl: Impl = "auto") -> Model:
+    """Make every Flax Dropout and BatchNorm in a model pyreg's, in place.
+
+    Parameters, running statistics, random streams and what the layers are set to stay as they are, and so do paths in
+    the model's state and checkpoints.  Attention that uses `flax.nnx.dot_product_attention` uses pyreg's.  Subclasses
+    of Flax's layers, which may compute something else, and other attention functions are left alone.
+
+    Parameters
+    ----------
+    model : flax.nnx.Module
+        Or any nest of lists, dicts and modules.
+    impl : {"auto", "philox"}
+        The mask of all of the model's dropout: see :class:`Dropout`.
+
+    Returns
+    -------
+    The model itself.
+
+    See Also
+    --------
+    revert
+
+    Examples
+    --------
+    >>> import pyreg.nnx
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(4, 16, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    >>> type(pyreg.nnx.convert(model).layers[1])
+    <class 'pyreg.nnx.Dropout'>
+    """
+    check_impl(impl)
+    for node in _nodes(model):
+        if type(node) is nnx.BatchNorm:
+            _become(node, BatchNorm).activation = None
+        if type(node) in (nnx.Dropout, Dropout):
+            _become(node, Dropout).impl = impl
+        if isinstance(node, nnx.MultiHeadAttention) and _is_either(node.attention_fn):
+            node.attention_fn = (
+                dot_product_attention if impl == "auto" else functools.partial(dot_product_attention, impl=impl)
+            )
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`convert`, in place: every pyreg Dropout and BatchNorm in a model becomes Flax's.
+
+    Parameters
+    ----------
+    model : flax.nnx.Module
+
+    Returns
+    -------
+    The model itself.
+
+    Raises
+    ------
+    ValueError
+        If a BatchNorm has an activation, which Flax's has not; nothing has changed then.
+    """
+    nodes = list(_nodes(model))
+    for node in nodes:
+        if type(node) is BatchNorm and node.activation is not None:
+            raise ValueError(f"a BatchNorm has activation {node.activation!r}; wanted None, as Flax's has none")
+    for node in nodes:
+        if type(node) is BatchNorm:
+            del node.activation
+            _become(node, nnx.BatchNorm)
+        if type(node) is Dropout:
+            del node.impl
+            _become(node, nnx.Dropout)
+        if isinstance(node, nnx.MultiHeadAttention) and _is_either(node.attention_fn):
+            node.attention_fn = nnx.dot_product_attention
+    return model
+
+
+def _become(node: Any, kind: type) -> Any:
+    """Another class for the same object: wherever the model refers to it, and with the same state."""
+    object.__setattr__(node, "__class__", kind)
+    return node
+
+
+def _nodes(model: Any) -> list[Any]:
+    return [node for _, node in nnx.iter_graph(model)]
+
+
+def _is_either(function: Any) -> bool:
+    """Whether it is Flax's attention function or ours."""
+    return getattr(function, "func", function) in (nnx.dot_product_attention, dot_product_attention)
