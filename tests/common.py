@@ -1,8 +1,10 @@
 """Names that the tests share."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -58,3 +60,11 @@ def python(code, *, timeout=60, warnings="error", **environ):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def example(name):
+    """A program of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,10 +1,8 @@
 """The network of examples/digits.py, trained with pyreg.BatchNorm and, by PyTorch, with torch.nn.BatchNorm1d."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from common import example
 from threadpoolctl import threadpool_limits
 
 import pyreg
@@ -16,14 +14,10 @@ SEEDS, EPOCHS = range(2), 12
 
 @pytest.fixture(scope="module")
 def digits():
-    path = Path(__file__).parents[1] / "examples" / "digits.py"
-    spec = importlib.util.spec_from_file_location("digits", path)
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:  # it sets variables for NumPy, which is loaded already
         patch.setenv("OPENBLAS_NUM_THREADS", "1")
         patch.delenv("OPENBLAS_CORETYPE", raising=False)
-        spec.loader.exec_module(module)
-    return module
+        return example("digits")
 
 
 @pytest.fixture(autouse=True)
