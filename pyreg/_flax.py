@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from pyreg import _ops
 from pyreg.jax import dropout
-from pyreg.jax._primitive import is_supported
 
 Array = jax.Array
 Impl = Literal["auto", "philox"]
@@ -23,7 +22,7 @@ def draws(x: Any, rate: Any) -> bool:
         isinstance(rate, (int, float))
         and check_rate(rate) not in (0, 1)
         and hasattr(x, "dtype")
-        and is_supported(x.dtype)
+        and _ops._is_supported(x)
         and jnp.result_type(x, rate) == x.dtype
     )
 
@@ -52,7 +51,7 @@ def activate(y: Array, activation: Activation) -> Array:
 
 def normalises(x: Any, axis: Any) -> bool:
     """Whether pyreg.jax.batch_norm takes this input."""
-    return isinstance(axis, int) and is_supported(x.dtype)
+    return isinstance(axis, int) and _ops._is_supported(x)
 
 
 def step(momentum: float, old: Array, new: Array) -> Array:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -36,18 +36,26 @@ _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _c
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
+def _is_supported(x: Any) -> bool:
+    return x.dtype.name in ("float32", "float64", "float16", "bfloat16")
+
+
+def _check_dtype(x: Any, name: str = "x") -> None:
+    if not _is_supported(x):
+        raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
+
+
 def _as_input(x: Any, name: str = "x") -> tuple[Array, int]:
     """x as an aligned array in native byte order, and the code of its dtype."""
     code = _core.dtype_code(x)
     if code < 0:
         x = np.asarray(x)
+        _check_dtype(x, name)
         if x.dtype.name == "bfloat16":  # of ml_dtypes, known by name: pyreg does not depend on it
             _core.set_bfloat16(x.dtype)
         if not (x.dtype.isnative and x.flags.aligned):
             x = x.astype(x.dtype.newbyteorder("="))
         code = _core.dtype_code(x)
-        if code < 0:
-            raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
     return x, code
 
 
@@ -363,15 +371,44 @@ def _check_activation(activation: Activation | None) -> bool:
     return True
 
 
+# The four that follow are of NumPy and of JAX arrays.
+
+
+def _check_elements(x: Any, axis: int) -> None:
+    if x.size == 0 and x.shape[axis] != 0:
+        raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
+
+
+def _check_channels(value: Any, channels: int, name: str) -> None:
+    if value.shape != (channels,):
+        raise ValueError(f"{name} has shape {value.shape}; x has {channels} channels, so wanted ({channels},)")
+    if value.dtype.kind not in "iuf" and value.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted real numbers")
+
+
+def _check_same(value: Any, x: Any, name: str) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted that of x, {x.dtype}")
+    if value.shape != x.shape:
+        raise ValueError(f"{name} has shape {value.shape}; wanted that of x, {x.shape}")
+
+
+def _seen_in(x: Any, mask: Any, broadcast_to: Callable[..., Any] = np.broadcast_to) -> Any:
+    """The mask in the shape of x."""
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool")
+    try:
+        return broadcast_to(mask, x.shape)
+    except ValueError:
+        raise ValueError(f"mask has shape {mask.shape}; wanted one that broadcasts to that of x, {x.shape}") from None
+
+
 def _check_statistic(value: ArrayLike | None, code: int, channels: int, name: str) -> Any:
     """A parameter or statistic, in the dtype that goes with the data; None stays None."""
     if value is None or _core.is_statistic(value, code, channels):
         return value
     value = np.asarray(value)
-    if value.shape != (channels,):
-        raise ValueError(f"{name} has shape {value.shape}; x has {channels} channels, so wanted ({channels},)")
-    if value.dtype.kind not in "iuf" and value.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {value.dtype}; wanted real numbers")
+    _check_channels(value, channels, name)
     return np.ascontiguousarray(value, np.float64 if code == _core.F64 else np.float32)
 
 
@@ -380,10 +417,7 @@ def _check_like(value: ArrayLike | None, x: Array, name: str) -> Any:
     if value is None or _core.is_like(value, x):
         return value
     value, _ = _as_input(value, name)
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}; wanted that of x, {x.dtype}")
-    if value.shape != x.shape:
-        raise ValueError(f"{name} has shape {value.shape}; wanted that of x, {x.shape}")
+    _check_same(value, x, name)
     return value
 
 
@@ -392,12 +426,7 @@ def _check_mask(mask: ArrayLike | None, x: Array, axis: int) -> Array | None:
     if mask is None:
         return None
     mask = np.asarray(mask)
-    if mask.dtype != np.bool_:
-        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool")
-    try:
-        seen = np.broadcast_to(mask, x.shape)
-    except ValueError:
-        raise ValueError(f"mask has shape {mask.shape}; wanted one that broadcasts to that of x, {x.shape}") from None
+    seen: Array = _seen_in(x, mask)
     mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
     counts = mask.any(axis=tuple(d for d in range(x.ndim) if d != axis))
     if not counts.all():
@@ -405,11 +434,6 @@ def _check_mask(mask: ArrayLike | None, x: Array, axis: int) -> Array | None:
             f"mask is all false in {np.size(counts) - np.count_nonzero(counts)} channels; wanted true somewhere"
         )
     return seen
-
-
-def _check_elements(x: Array, axis: int) -> None:
-    if x.size == 0 and x.shape[axis] != 0:
-        raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
 
 
 def batch_norm(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.interpreters import ad, batching
+from jax.interpreters import ad
 
 from pyreg import _core, _ops
 from pyreg.jax import _primitive
@@ -344,26 +344,11 @@ def _transpose_by(primitive: Any, linear: Callable[[Options], int]) -> Callable[
     return rule
 
 
-def _batch(primitive: Any) -> Callable[..., Any]:
-    def rule(args: Any, dims: Any, *, o: Options) -> Any:
-        size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-        args = [
-            jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
-            for a, d in zip(args, dims, strict=True)
-        ]
-        results = primitive.bind(*args, o=o)
-        return results, [0] * len(results)
-
-    return rule
-
-
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _jvp_of(_tangent)
 ad.primitive_jvps[backward_p] = _jvp_of(_backward)
 ad.primitive_transposes[tangent_p] = _transpose_by(backward_p, lambda o: 3 + o.residual)
 ad.primitive_transposes[backward_p] = _transpose_by(tangent_p, lambda o: 2 + o.written)
-for _p in (forward_p, tangent_p, backward_p):
-    batching.primitive_batchers[_p] = _batch(_p)
 
 
 # ---- The functions ---------------------------------------------------------------------------------------------------
@@ -373,32 +358,17 @@ def _check_values(value: Any, x: Any, axis: int, default: float, name: str) -> A
     """A value a channel, in the dtype of statistics."""
     channels = x.shape[axis]
     value = jnp.full(channels, default) if value is None else jnp.asarray(value)
-    if value.shape != (channels,):
-        raise ValueError(f"{name} has shape {value.shape}; x has {channels} channels, so wanted ({channels},)")
+    _ops._check_channels(value, channels, name)
     return value.astype(_statistics_dtype(x))
 
 
-def _check_like(value: Any, x: Array, name: str) -> list[Array]:
-    if value is None:
-        return []
-    value = jnp.asarray(value)
-    if value.shape != x.shape or value.dtype != x.dtype:
-        raise ValueError(
-            f"{name} has shape {value.shape} and dtype {value.dtype}; wanted those of x: {x.shape} and {x.dtype}"
-        )
-    return [value]
-
-
-def _check_mask(mask: Any, x: Array) -> list[Array]:
-    if mask is None:
-        return []
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool")
-    try:
-        return [jnp.broadcast_to(mask, x.shape)]
-    except ValueError:
-        raise ValueError(f"mask has shape {mask.shape}; wanted one that broadcasts to that of x, {x.shape}") from None
+def _check_optional(x: Array, mask: Any, residual: Any) -> list[Array]:
+    """Those that are given."""
+    given = [] if mask is None else [_ops._seen_in(x, jnp.asarray(mask), jnp.broadcast_to)]
+    if residual is not None:
+        given.append(jnp.asarray(residual))
+        _ops._check_same(given[-1], x, "residual")
+    return given
 
 
 def batch_norm(
@@ -471,11 +441,10 @@ def batch_norm(
     """
     x = _primitive.check_array(x)
     axis = _ops._check_axis(axis, x.ndim)
-    if x.size == 0 and x.shape[axis] != 0:
-        raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
+    _ops._check_elements(x, axis)
     relu = _ops._check_activation(activation)
     scale, bias = _check_values(scale, x, axis, 1, "scale"), _check_values(bias, x, axis, 0, "bias")
-    optional = [*_check_mask(mask, x), *_check_like(residual, x, "residual")]
+    optional = _check_optional(x, mask, residual)
     o = Options(axis, float(_ops._check_epsilon(epsilon)), relu, mask is not None, residual is not None)
     a, scale, bias, *optional = _primitive.vary_alike(x, scale, bias, *optional)
     if axis_name is None:
@@ -534,6 +503,6 @@ def batch_norm_inference(
         _check_values(value, x, axis, default, name)
         for value, default, name in ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
     ]
-    rest = _check_like(residual, x, "residual")
+    rest = _check_optional(x, None, residual)
     o = Options(axis, float(_ops._check_epsilon(epsilon)), relu, False, residual is not None)
     return _normalise(x, *values, *rest, o=o)

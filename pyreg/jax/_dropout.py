@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.interpreters import ad, batching
+from jax.interpreters import ad
 
 from pyreg import _core, _ops
 from pyreg.jax import _primitive
@@ -120,18 +120,14 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 
 
 def _native(x: jax.Array, words: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
-    start = (0,) * len(mask.broadcast)
+    whole = _mask_shape(x.shape[x.ndim - len(mask.broadcast) :], mask)
+    window, attributes = _window((0,) * len(whole), whole), _attributes(mask)
     if not mask.shared or mask.generator == "philox":  # whose bits cost no more than to read them
-        return _call(x, words, start, x.shape, mask, reuse)
+        return _call("pyreg_dropout_v1", x, words, window, reuse=reuse, **attributes)
     # The bits alone are one operation in forward and backward pass, so a program that has both makes them once.
-    whole = _mask_shape(x.shape[x.ndim - len(start) :], mask)
     packed = jax.ShapeDtypeStruct((*words.shape[:-1], (math.prod(whole) + 7) // 8), jnp.uint8)
-    window = _window(start, whole)
-    draw = jax.ffi.ffi_call("pyreg_dropout_mask_v1", packed)
-    bits = draw(words, window, generator=_ops._IMPLS[mask.generator], rate=mask.rate)
-    apply = jax.ffi.ffi_call("pyreg_dropout_packed_v1", [jax.typeof(x)], input_output_aliases={0: 0} if reuse else {})
-    y: Sequence[jax.Array] = apply(x, bits, window, rate=mask.rate)
-    return y
+    bits = jax.ffi.ffi_call("pyreg_dropout_mask_v1", packed)(words, window, **attributes)
+    return _call("pyreg_dropout_packed_v1", x, bits, window, reuse=reuse, rate=mask.rate)
 
 
 def _as_array(values: Sequence[Any]) -> jax.Array:
@@ -140,17 +136,18 @@ def _as_array(values: Sequence[Any]) -> jax.Array:
 
 
 def _window(start: Sequence[Any], whole: Sequence[Any]) -> jax.Array:
+    """Where the inner dims of x begin in the array that the mask is for, and the mask's shape."""
     return jnp.stack([_as_array(start), _as_array(whole)])
 
 
-def _call(
-    x: jax.Array, words: jax.Array, start: Sequence[Any], shape: Sequence[int], mask: Mask, reuse: bool
-) -> Sequence[jax.Array]:
-    """start: where the inner dims of x begin in those of an array of `shape`.  reuse: write over x if XLA can."""
-    whole = _mask_shape(shape[len(shape) - len(start) :], mask)
-    call = jax.ffi.ffi_call("pyreg_dropout_v1", [jax.typeof(x)], input_output_aliases={0: 0} if reuse else {})
-    generator = _ops._IMPLS[mask.generator]
-    y: Sequence[jax.Array] = call(x, words, _window(start, whole), generator=generator, rate=mask.rate)
+def _attributes(mask: Mask) -> dict[str, Any]:
+    return {"generator": _ops._IMPLS[mask.generator], "rate": mask.rate}
+
+
+def _call(name: str, x: jax.Array, *operands: jax.Array, reuse: bool, **attributes: Any) -> Sequence[jax.Array]:
+    """reuse: write over x if XLA can."""
+    call = jax.ffi.ffi_call(name, [jax.typeof(x)], input_output_aliases={0: 0} if reuse else {})
+    y: Sequence[jax.Array] = call(x, *operands, **attributes)
     return y
 
 
@@ -164,7 +161,8 @@ def _names(x: Any, words: Any, *, mask: Mask) -> tuple[list[list[str]], list[lis
 def _shard(axes: dict[str, Any], avals: Any, x: jax.Array, words: jax.Array, *, mask: Mask) -> Sequence[jax.Array]:
     batch = x.ndim - len(mask.broadcast)
     start = [lax.axis_index(axes[f"x{d}"]) * x.shape[d] if f"x{d}" in axes else 0 for d in range(batch, x.ndim)]
-    return _call(x, words, start, avals[0].shape, mask, reuse=False)
+    window = _window(start, _mask_shape(avals[0].shape[batch:], mask))
+    return _call("pyreg_dropout_v1", x, words, window, reuse=False, **_attributes(mask))
 
 
 def _callback(x: Any, words: Any, *, mask: Mask) -> list[Any]:
@@ -196,6 +194,7 @@ dropout_p = _primitive.define(
     _callback,
     _primitive.Partition(_names, _shard),
     lambda mask: mask.generator != "jax",
+    lambda operand: operand == 0,
 )
 
 
@@ -212,24 +211,11 @@ def _transpose(cotangents: Any, x: Any, words: Any, **params: Any) -> Any:
     return [ad.Zero(x.aval) if type(dy) is ad.Zero else dropout_p.bind(dy, words, **params)[0], None]
 
 
-def _batch(args: Any, dims: Any, **params: Any) -> Any:
-    x, words = args
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-    x = jnp.broadcast_to(x, (size, *x.shape)) if dims[0] is None else jnp.moveaxis(x, dims[0], 0)
-    words = words[None] if dims[1] is None else jnp.moveaxis(words, dims[1], 0)
-    return dropout_p.bind(x, words, **params), [0]
-
-
 ad.primitive_jvps[dropout_p] = _jvp
 ad.primitive_transposes[dropout_p] = _transpose
-batching.primitive_batchers[dropout_p] = _batch
 
 
 # ---- The function ----------------------------------------------------------------------------------------------------
-
-
-def _flag(name: str) -> bool:
-    return bool(getattr(jax.config, name))
 
 
 def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
@@ -249,8 +235,8 @@ def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
     if impl == "philox":
         words = jax.random.key_data(key) if key_impl == "threefry2x32" else jax.random.bits(key, (2,), jnp.uint32)
         return words, "philox", None
-    if key_impl == "threefry2x32" and _flag("jax_threefry_partitionable"):
-        return jax.random.key_data(key), "threefry_x64" if _flag("jax_enable_x64") else "threefry", None
+    if key_impl == "threefry2x32" and _primitive.flag("jax_threefry_partitionable"):
+        return jax.random.key_data(key), "threefry_x64" if _primitive.flag("jax_enable_x64") else "threefry", None
     return jax.random.key_data(key), "jax", key_impl
 
 
@@ -326,8 +312,7 @@ def dropout(
         return jnp.zeros_like(x)
     words, generator, key_impl = _words_of(key, impl)
     broadcast = tuple(m == 1 for m in mask_shape)
-    partitionable = _flag("jax_threefry_partitionable")
-    mask = Mask(rate, generator, broadcast, key_impl, partitionable) if key_impl else Mask(rate, generator, broadcast)
+    mask = Mask(rate, generator, broadcast, key_impl, _primitive.flag("jax_threefry_partitionable"))
     x, words = _primitive.vary_alike(x, words)
     y: jax.Array = dropout_p.bind(x, words, mask=mask)[0]
     return y

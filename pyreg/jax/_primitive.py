@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pyreg import _ops
 from pyreg.jax import _backend
 
 Function = Callable[..., Sequence[Any]]  # operands -> results, parameters by keyword
@@ -45,8 +46,9 @@ def define(
     callback: Function | None = None,
     partition: Partition | None = None,
     has_kernel: Callable[..., bool] = lambda **_: True,
+    repeats: Callable[[int], bool] = lambda operand: True,
 ) -> Primitive:
-    """A primitive with several results; without a kernel it is the reference everywhere.
+    """A primitive with several results; without a kernel it is the reference everywhere.  Batch dims come first.
 
     abstract : (avals, params) -> result avals.
     reference : in JAX operations; for every platform.
@@ -54,6 +56,7 @@ def define(
     callback : with NumPy arrays, returns NumPy arrays.
     partition : of `native`.
     has_kernel : params -> whether it is `native` and `callback` for them, too; else the reference is all there is.
+    repeats : number of an operand -> whether it is repeated along a batch dim that it lacks; else it gets one of 1.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -72,6 +75,17 @@ def define(
             return compiled(**params)(*args)
 
     primitive.def_impl(evaluate)
+
+    def batch(args: Any, dims: Any, **params: Any) -> Any:
+        size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+        args = [
+            jnp.broadcast_to(a, (size if repeats(i) else 1, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+            for i, (a, d) in enumerate(zip(args, dims, strict=True))
+        ]
+        results = primitive.bind(*args, **params)
+        return results, [0] * len(results)
+
+    batching.primitive_batchers[primitive] = batch
 
     def by_callback(*args: Any, **params: Any) -> Any:
         assert callback is not None
@@ -95,18 +109,17 @@ def define(
     return primitive
 
 
+def flag(name: str) -> bool:
+    """An option of JAX, as it is in this thread."""
+    return bool(getattr(jax.config, name))
+
+
 # ---- Operands --------------------------------------------------------------------------------------------------------
 
 
-def is_supported(dtype: Any) -> bool:
-    return dtype in (jnp.float32, jnp.float64, jnp.float16, jnp.bfloat16)
-
-
 def check_array(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    if not is_supported(x.dtype):
-        raise TypeError(f"x has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
-    array: jax.Array = x
+    array: jax.Array = jnp.asarray(x)
+    _ops._check_dtype(array)
     return array
 
 
