@@ -152,6 +152,7 @@ def _on_several_devices(ctx: mlir.LoweringRuleContext) -> bool:
 
 def _partitioned(native: Function, partition: Partition, params: dict[str, Any]) -> Function:
     """``native``, with the rule for shards."""
+    x64 = flag("jax_enable_x64")  # of this thread: XLA calls the rule from another
 
     def axes_of(operand: Any, names: list[str]) -> dict[str, Any]:
         spec = tuple(operand.sharding.spec)
@@ -174,7 +175,7 @@ def _partitioned(native: Function, partition: Partition, params: dict[str, Any])
         avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arg_shapes]
 
         def lower(*shards: Any) -> Sequence[Any]:
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.enable_x64(x64):
                 return partition.compute(axes, avals, *shards, **params)
 
         return mesh, lower, results, operands
