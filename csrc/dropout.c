@@ -78,6 +78,18 @@ static size_t look_at(struct window *w, const struct draw *draw, make_words make
 
 static bool bit_at(const uint32_t *keep, size_t at) { return keep[at / 32] >> at % 32 & 1; }
 
+/* The 32 bits from a position on. */
+static uint32_t word_at(const uint32_t *keep, size_t at) {
+    return (uint32_t)(((uint64_t)keep[at / 32 + 1] << 32 | keep[at / 32]) >> at % 32);
+}
+
+/* Puts 32 bits at a position; what was before it stays, what was behind is lost. */
+static void put_word(uint32_t *keep, size_t at, uint32_t word) {
+    uint64_t pair = (uint64_t)word << at % 32 | (keep[at / 32] & ((UINT32_C(1) << at % 32) - 1));
+    keep[at / 32] = (uint32_t)pair;
+    keep[at / 32 + 1] = (uint32_t)(pair >> 32);
+}
+
 /* ---- Values ------------------------------------------------------------------------------------------------------ */
 
 /* float16 nearest to a double, rounded once: to odd in float first, which keeps what decides the second rounding. */
@@ -117,6 +129,8 @@ struct dropout {
     char *y;
     size_t size; /* of an element, in bytes */
     struct dim row, outer[PYREG_MAX_DIMS];
+    size_t run; /* element j of a row has the mask bit j / run * row.mask + j % run * run_mask */
+    int64_t run_mask;
     int num_outer;
     size_t rows, part, rows_per_chunk, chunks_per_part; /* a chunk is some rows of one part of the row dim */
     size_t tile;                                        /* elements whose bits are made before they are applied */
@@ -157,9 +171,48 @@ static void copy_strided(size_t size, size_t n, const char *from, int64_t from_s
     }
 }
 
-/* n <= MASK_TILE consecutive elements of a row, the first at mask index `index`. */
-static void dropout_tile(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t n,
-                         bool stream) {
+/* n bits: each of those from `at` on in from[] fills a run; the first has been used `skip` times. */
+static void spread_bits(const uint32_t *from, size_t at, size_t run, size_t skip, size_t n, uint32_t *keep) {
+    for (size_t j = 0; j < n; j += run - skip, skip = 0, at++) {
+        const uint32_t word = -(uint32_t)bit_at(from, at);
+        for (size_t k = skip; k < run && j + k - skip < n; k += 32) put_word(keep, j + k - skip, word);
+    }
+}
+
+/* n bits, of which the first `period` are there. */
+static void repeat_bits(size_t period, size_t n, uint32_t *keep) {
+    for (size_t j = period, bits; j < n; j += bits) {
+        bits = period < 32 ? period : 32;
+        put_word(keep, j, word_at(keep, j - period));
+        if (period < 32) period *= 2;
+    }
+}
+
+/* The bits of n <= MASK_TILE elements, from j on, of a row whose bits start at `index` and are not just neighbours. */
+static void gather_bits(const struct dropout *op, struct window *w, uint64_t index, size_t j, size_t n,
+                        uint32_t *keep) {
+    const size_t run = op->run;
+    const uint64_t step = (uint64_t)op->row.mask, run_step = (uint64_t)op->run_mask;
+    size_t skip = j % run;
+    index += j / run * step;
+    if (step == 1 && run_step == 0) {
+        size_t at = look_at(w, &op->draw, op->make, index, (skip + n - 1) / run + 1);
+        spread_bits(w->keep, at, run, skip, n, keep);
+        return;
+    }
+    const size_t own = step == 0 && run < n ? run : n; /* the rest repeats them */
+    for (size_t k = 0, bits; k < own; k += bits, skip = 0, index += step) {
+        bits = run - skip < n - k ? run - skip : n - k;
+        size_t at = look_at(w, &op->draw, op->make, index + skip * run_step, run_step ? bits : 1);
+        for (size_t b = 0; b < bits; b += 32)
+            put_word(keep, k + b, run_step ? word_at(w->keep, at + b) : -(uint32_t)bit_at(w->keep, at));
+    }
+    repeat_bits(own, n, keep);
+}
+
+/* n <= MASK_TILE elements, from j on, of a row whose mask bits start at `index`. */
+static void dropout_tile(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t j,
+                         size_t n, bool stream) {
     char tile[MASK_TILE * sizeof(double)] __attribute__((aligned(64)));
     const int64_t size = (int64_t)op->size;
     const char *in = x;
@@ -172,15 +225,12 @@ static void dropout_tile(const struct dropout *op, struct window *w, const char 
         if (out != in) memcpy(out, in, n * op->size);
     } else if (op->what == DROP_ALL) {
         memset(out, 0, n * op->size);
-    } else if (op->row.mask == 1) {
-        size_t at = look_at(w, &op->draw, op->make, index, n);
+    } else if (op->run == 1 && op->row.mask == 1) {
+        size_t at = look_at(w, &op->draw, op->make, index + j, n);
         op->kernels->dropout(in, out, n, w->keep + at / 32, at % 32, op->scale, stream);
-    } else { /* one bit for the whole row, or bits that are not neighbours */
+    } else {
         uint32_t keep[MASK_TILE / 32 + 2] = {0};
-        if (op->row.mask == 0 && bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1)))
-            memset(keep, 0xff, sizeof keep);
-        for (size_t j = 0; op->row.mask && j < n; j++, index += (uint64_t)op->row.mask)
-            keep[j / 32] |= (uint32_t)bit_at(w->keep, look_at(w, &op->draw, op->make, index, 1)) << j % 32;
+        gather_bits(op, w, index, j, n, keep);
         op->kernels->dropout(in, out, n, keep, 0, op->scale, stream);
     }
     if (!op->contiguous) copy_strided(op->size, n, tile, size, y, op->row.y);
@@ -192,14 +242,14 @@ static void dropout_chunk(void *work, size_t chunk) {
     w.bits = 0;
     const bool stream = op->large && choose_streaming(chunk);
     const uint64_t start = op->large ? clock_ns() : 0;
-    const int64_t from = (int64_t)(chunk / op->chunks_per_part * op->part);
-    const int64_t to = op->row.length < from + (int64_t)op->part ? op->row.length : from + (int64_t)op->part;
+    const size_t from = chunk / op->chunks_per_part * op->part, length = (size_t)op->row.length;
+    const size_t to = length < from + op->part ? length : from + op->part;
     size_t r = chunk % op->chunks_per_part * op->rows_per_chunk;
     const size_t end = r + op->rows_per_chunk < op->rows ? r + op->rows_per_chunk : op->rows;
     for (; r < end; r++) {
-        const char *x = op->x + from * op->row.x;
-        char *y = op->y + from * op->row.y;
-        uint64_t index = op->offset + (uint64_t)(from * op->row.mask);
+        const char *x = op->x + (int64_t)from * op->row.x;
+        char *y = op->y + (int64_t)from * op->row.y;
+        uint64_t index = op->offset;
         size_t rest = r;
         for (int d = op->num_outer - 1; d >= 0; d--) {
             const struct dim *dim = &op->outer[d];
@@ -207,12 +257,12 @@ static void dropout_chunk(void *work, size_t chunk) {
             rest /= (size_t)dim->length;
             x += j * dim->x, y += j * dim->y, index += (uint64_t)(j * dim->mask);
         }
-        for (size_t left = (size_t)(to - from), n; left; left -= n) {
-            n = op->tile < left ? op->tile : left;
+        for (size_t j = from, n; j < to; j += n) {
+            n = op->tile < to - j ? op->tile : to - j;
             size_t over = (uintptr_t)y % 64; /* long rows go on from a cache line: full speed, and streaming needs it */
-            if (over && op->contiguous && left > MASK_TILE) n = (64 - over) / op->size;
-            dropout_tile(op, &w, x, y, index, n, stream && !over);
-            x += (int64_t)n * op->row.x, y += (int64_t)n * op->row.y, index += n * (uint64_t)op->row.mask;
+            if (over && op->contiguous && to - j > MASK_TILE) n = (64 - over) / op->size;
+            dropout_tile(op, &w, x, y, index, j, n, stream && !over);
+            x += (int64_t)n * op->row.x, y += (int64_t)n * op->row.y;
         }
     }
     if (stream) op->kernels->stream_end();
@@ -228,9 +278,26 @@ static bool better_row(struct dim a, struct dim b) {
     return a_neighbours != b_neighbours ? a_neighbours : distance(a) <= distance(b);
 }
 
+/* Short rows (whose bits are neighbours or one) that follow each other in x and y become the runs of a long one. */
+static int join_short_rows(struct dropout *op, int n, struct dim *dims, int row) {
+    const struct dim run = dims[row];
+    op->run = 1;
+    op->run_mask = 0;
+    if (run.length >= MASK_GROUP || (run.mask != 0 && run.mask != 1)) return row;
+    for (int d = 0; d < n; d++) {
+        if (d == row || dims[d].x != run.x * run.length || dims[d].y != run.y * run.length) continue;
+        op->run = (size_t)run.length;
+        op->run_mask = run.mask;
+        dims[d] = (struct dim){run.length * dims[d].length, run.x, run.y, dims[d].mask};
+        dims[row].length = 1;
+        return d;
+    }
+    return row;
+}
+
 /* Fewest and longest rows: dims of length 1 go, neighbours that are one dim in x, y and mask are merged; the row is the
  * dim of neighbouring mask bits (or of one mask bit), the others come in memory order. */
-static void plan_rows(struct dropout *op, int ndim, struct dim *dims) {
+static void plan_rows(struct dropout *op, int ndim, struct dim *dims, bool fast) {
     int n = 0, row = 0;
     for (int d = 0; d < ndim; d++) {
         if (dims[d].length == 1) continue;
@@ -245,18 +312,25 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims) {
     if (n == 0) dims[n++] = (struct dim){1, size, size, 1};
     for (int d = 1; d < n; d++)
         if (better_row(dims[d], dims[row])) row = d;
+    row = join_short_rows(op, n, dims, row);
     op->row = dims[row];
     op->num_outer = 0;
     op->rows = 1;
     for (int d = 0; d < n; d++) {
-        if (d == row) continue;
+        if (d == row || dims[d].length == 1) continue;
         int at = op->num_outer++; /* insertion sort by memory stride, largest first, stable */
         for (; at > 0 && distance(op->outer[at - 1]) < distance(dims[d]); at--) op->outer[at] = op->outer[at - 1];
         op->outer[at] = dims[d];
         op->rows *= (size_t)dims[d].length;
     }
     op->contiguous = op->row.x == size && op->row.y == size;
-    op->part = op->contiguous ? CHUNK : MASK_GROUP; /* strided: a column of cache lines is used up before the next */
+    /* Rows that share their bits take turns: each tile of bits is made once for all rows of a chunk. */
+    const bool neighbours = op->run == 1 && op->row.mask == 1;
+    const bool same_bits = neighbours && op->num_outer && op->outer[op->num_outer - 1].mask == 0;
+    /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
+    op->tile = neighbours && !same_bits && !fast ? MASK_GROUP : MASK_TILE;
+    op->part = same_bits ? MASK_TILE : CHUNK;
+    if (!op->contiguous) op->part = MASK_GROUP; /* a column of cache lines is used up before the next */
     if ((int64_t)op->part > op->row.length) op->part = (size_t)op->row.length;
     op->rows_per_chunk = CHUNK / op->part;
     op->chunks_per_part = (op->rows + op->rows_per_chunk - 1) / op->rows_per_chunk;
@@ -290,9 +364,7 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.y = y;
     op.size = dispatch_bytes(dtype);
     const bool fast = mask->generator == PYREG_PHILOX || mask->generator == PYREG_PACKED;
-    /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
-    op.tile = fast ? MASK_TILE : MASK_GROUP;
-    plan_rows(&op, ndim, dims);
+    plan_rows(&op, ndim, dims, fast);
     const size_t bytes = (size_t)count * op.size;
     op.large =
         op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
@@ -313,11 +385,6 @@ struct mask_op {
     bool packed;
     uint8_t *out;
 };
-
-/* The 32 bits from a position on. */
-static uint32_t word_at(const uint32_t *keep, size_t at) {
-    return (uint32_t)(((uint64_t)keep[at / 32 + 1] << 32 | keep[at / 32]) >> at % 32);
-}
 
 static void mask_chunk(void *work, size_t chunk) {
     const struct mask_op *op = work;

@@ -190,6 +190,40 @@ def test_broadcast_dims(dtype, impl, rate, shape, data):
     assert (bits(got)[~np.broadcast_to(mask, x.shape)] == 0).all()
 
 
+@pytest.mark.parametrize("impl", ["philox", "threefry"])
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        ((40, 50, 7, 7), (2, 3)),  # short runs of one bit
+        ((7, 90, GROUP - 1), 2),
+        ((7, 90, GROUP), 2),  # rows of one bit
+        ((3, TILE + 5), 1),
+        ((2, 1, 300, 200), (2, 3)),  # ... in several chunks
+        ((2, 9000, 3), 1),  # short runs of the same bits
+        ((3, 40, 6, 33), (1, 2)),
+        ((5, 70, GROUP - 1), 1),
+        ((5, 70, GROUP), 1),  # rows of the same bits
+        ((33, TILE + 5), 0),  # ... that take turns
+        ((3, 4, 70_000), (0, 1)),
+        ((3, 40, 6, 33), (0, 2)),
+        ((3, 40, 6, 33), (1, 3)),
+    ],
+)
+def test_broadcast_where_loops_change_gear(threads, impl, shape, dims):
+    x = normal(shape, np.float32)
+    dims = (dims,) if isinstance(dims, int) else dims
+    for offset in (0, 77):
+        want = reference.dropout(x, 0.3, KEY, impl, offset, dims)
+        kwargs = {"key": KEY, "impl": impl, "broadcast_dims": dims, "offset": offset}
+        for n in (1, 3):
+            threads(n)
+            assert same(pyreg.dropout(x, 0.3, **kwargs), want)
+        shifted = np.empty(x.size + 3, np.float32)[3:].reshape(shape)
+        assert same(pyreg.dropout(x, 0.3, out=shifted, **kwargs), want)
+        last = np.moveaxis(np.moveaxis(x, 0, -1).copy(), -1, 0)
+        assert same(pyreg.dropout(last, 0.3, **kwargs), want)
+
+
 def test_forward_backward_and_mask_agree():
     x = np.ones((33, 70), np.float32)
     kwargs = {"key": KEY, "broadcast_dims": (0,), "offset": 11, "impl": "threefry"}
