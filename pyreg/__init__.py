@@ -12,5 +12,10 @@ from pyreg._ops import get_num_threads as get_num_threads
 from pyreg._ops import num_threads as num_threads
 from pyreg._ops import set_num_threads as set_num_threads
 from pyreg._version import __version__ as __version__
+from pyreg.channelwise import Dropout1d as Dropout1d
+from pyreg.channelwise import Dropout2d as Dropout2d
+from pyreg.channelwise import Dropout3d as Dropout3d
+from pyreg.channelwise import DropPath as DropPath
+from pyreg.channelwise import WordDropout as WordDropout
 from pyreg.layers import BatchNorm as BatchNorm
 from pyreg.layers import Dropout as Dropout

@@ -67,6 +67,8 @@ class Dropout(Layer):
     array([1., 1., 1.])
     """
 
+    _settings: tuple[str, ...] = ("rate", "broadcast_dims", "impl", "inverted")
+
     def __init__(
         self,
         rate: float = 0.5,
@@ -87,21 +89,30 @@ class Dropout(Layer):
 
     def __call__(self, x: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
         """Dropout of ``x`` in training; in evaluation ``x`` itself, or ``x * (1 - rate)`` if not ``inverted``."""
+        dims = self._shared_dims(np.ndim(x))
         if self.training:
             self.key = _ops.fresh_key(self.rng)
         self._trained = self.training
-        return self._drop(x, out, "x") if self.training else self._evaluate(x, out)
+        return self._drop(x, dims, out, "x") if self.training else self._evaluate(x, out)
 
     def backward(self, dy: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
         """Gradient of the last call with respect to its input."""
         if self._trained is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
-        return self._drop(dy, out, "dy") if self._trained else self._evaluate(dy, out)
+        dims = self._shared_dims(np.ndim(dy))
+        return self._drop(dy, dims, out, "dy") if self._trained else self._evaluate(dy, out)
 
-    def _drop(self, x: ArrayLike, out: _ops.Array | None, name: str) -> _ops.Array:
-        return _ops._apply(
-            x, self.rate, self.key, None, self.broadcast_dims, self.impl, 0, out, scaled=self.inverted, name=name
-        )
+    def _shared_dims(self, ndim: int) -> _ops.Dims:
+        """Dims of an input along which the mask is shared; raises if there can be no such input."""
+        return self.broadcast_dims
+
+    @property
+    def _scaled(self) -> bool:
+        """Are kept elements scaled in training?"""
+        return self.inverted
+
+    def _drop(self, x: ArrayLike, dims: _ops.Dims, out: _ops.Array | None, name: str) -> _ops.Array:
+        return _ops._apply(x, self.rate, self.key, None, dims, self.impl, 0, out, scaled=self._scaled, name=name)
 
     def _evaluate(self, x: ArrayLike, out: _ops.Array | None) -> _ops.Array:
         x, _ = _ops._as_input(x)
@@ -128,8 +139,7 @@ class Dropout(Layer):
             self.rng.bit_generator.state = state["rng"]
 
     def __repr__(self) -> str:
-        settings = ("rate", "broadcast_dims", "impl", "inverted")
-        return f"Dropout({', '.join(f'{name}={getattr(self, name)!r}' for name in settings)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._settings)})"
 
 
 class BatchNorm(Layer):

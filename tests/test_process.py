@@ -403,7 +403,7 @@ def test_import_is_light():
     assert python(code) == "[]"
 
 
-@pytest.mark.parametrize("module", ["_ops", "layers", "_config"])
+@pytest.mark.parametrize("module", ["_ops", "layers", "channelwise", "_config"])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"pyreg.{module}"))
     assert result.failed == 0
