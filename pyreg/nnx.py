@@ -13,12 +13,23 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import attention, dtypes
 
-from pyreg import _ops
+from pyreg import _ops, channelwise
 from pyreg._flax import Activation, Impl, activate, check_rate, draws, drop_weights, normalises, step
 from pyreg.jax import batch_norm, dropout
 from pyreg.jax._dropout import check_impl
 
-__all__ = ["BatchNorm", "Dropout", "convert", "dot_product_attention", "revert"]
+__all__ = [
+    "BatchNorm",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "WordDropout",
+    "convert",
+    "dot_product_attention",
+    "revert",
+]
 
 Model = TypeVar("Model")
 
@@ -83,6 +94,200 @@ class Dropout(nnx.Dropout):
 
 
 _SOURCES = (nnx.Rngs, nnx.RngStream, jax.Array)
+
+
+class _SharedDropout(Dropout):
+    """Which dims share a mask follows from the number of dims of an input."""
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__(rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs, impl=impl)
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+    ) -> jax.Array:
+        """As :class:`Dropout`'s."""
+        layer = Dropout(
+            self.rate,
+            broadcast_dims=self._shared_dims(jnp.ndim(inputs)),
+            deterministic=self.deterministic,
+            rng_collection=self.rng_collection,
+            impl=self.impl,
+        )
+        return layer(inputs, deterministic=deterministic, rngs=self.rngs if rngs is None else rngs)
+
+    def _shared_dims(self, ndim: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
+
+class _ChannelDropout(_SharedDropout):
+    _spatial: int
+
+    def __init__(self, rate: float, *, axis: int = -1, **options: Any) -> None:
+        super().__init__(rate, **options)
+        self.axis = axis
+        channelwise.channel_axis(axis, self._spatial)
+
+    def _shared_dims(self, ndim: int) -> tuple[int, ...]:
+        return channelwise.dims_of_channel(ndim, channelwise.channel_axis(self.axis, self._spatial), self._spatial)
+
+
+class Dropout1d(_ChannelDropout):
+    """Dropout of whole channels of sequences: the numbers of `flax.nnx.Dropout` with ``broadcast_dims=(1,)``.
+
+    Inputs have shape (N, L, C), or (L, C) without a batch; any other number of dims is a ValueError.
+
+    Parameters
+    ----------
+    rate, deterministic, rng_collection, rngs, impl
+        As for :class:`Dropout`.
+    axis : int
+        The dim that counts the channels in a batch: 1 for PyTorch's (N, C, L) and (C, L).
+
+    See Also
+    --------
+    pyreg.Dropout1d : the same for NumPy.
+
+    Examples
+    --------
+    >>> import jax, pyreg.nnx
+    >>> from flax import nnx
+    >>> pyreg.nnx.Dropout1d(0.5, rngs=nnx.Rngs(0))(jax.numpy.ones((3, 4)))
+    Array([[2., 0., 2., 0.],
+           [2., 0., 2., 0.],
+           [2., 0., 2., 0.]], dtype=float32)
+    """
+
+    _spatial = 1
+
+
+class Dropout2d(_ChannelDropout):
+    """Dropout of whole channels of images: the numbers of `flax.nnx.Dropout` with ``broadcast_dims=(1, 2)``.
+
+    Inputs have shape (N, H, W, C), or (H, W, C) without a batch; the rest is as in :class:`Dropout1d`.
+
+    Parameters
+    ----------
+    rate, axis, ...
+        As for :class:`Dropout1d`.
+
+    Examples
+    --------
+    >>> import jax, pyreg.nnx
+    >>> from flax import nnx
+    >>> x = jax.numpy.ones((8, 4, 4, 16))
+    >>> y = pyreg.nnx.Dropout2d(0.5, rngs=nnx.Rngs(0))(x)
+    >>> bool((y == nnx.Dropout(0.5, broadcast_dims=(1, 2), rngs=nnx.Rngs(0))(x)).all())
+    True
+    """
+
+    _spatial = 2
+
+
+class Dropout3d(_ChannelDropout):
+    """Dropout of whole channels of volumes: the numbers of `flax.nnx.Dropout` with ``broadcast_dims=(1, 2, 3)``.
+
+    Inputs have shape (N, D, H, W, C), or (D, H, W, C) without a batch; the rest is as in :class:`Dropout1d`.
+
+    Parameters
+    ----------
+    rate, axis, ...
+        As for :class:`Dropout1d`.
+
+    Examples
+    --------
+    >>> import jax, pyreg.nnx
+    >>> from flax import nnx
+    >>> x = jax.numpy.ones((8, 2, 4, 4, 16))
+    >>> y = pyreg.nnx.Dropout3d(0.5, rngs=nnx.Rngs(0))(x)
+    >>> bool((y == nnx.Dropout(0.5, broadcast_dims=(1, 2, 3), rngs=nnx.Rngs(0))(x)).all())
+    True
+    """
+
+    _spatial = 3
+
+
+class _WholeDropout(_SharedDropout):
+    def __init__(self, rate: float, *, scale_by_keep: bool = True, **options: Any) -> None:
+        super().__init__(rate, **options)
+        self.scale_by_keep = scale_by_keep
+
+    def __call__(self, inputs: Any, **options: Any) -> jax.Array:
+        """As :class:`Dropout`'s."""
+        if self.scale_by_keep:
+            return super().__call__(inputs, **options)
+        shape = _ops._mask_shape(jnp.shape(inputs), self._shared_dims(jnp.ndim(inputs)))
+        return jnp.where(super().__call__(jnp.ones(shape), **options) != 0, inputs, 0)
+
+
+class DropPath(_WholeDropout):
+    """Stochastic depth: drops whole samples, (N, ...), of what a residual branch adds; timm's DropPath.
+
+    Parameters
+    ----------
+    rate, deterministic, rng_collection, rngs, impl
+        As for :class:`Dropout`.
+    scale_by_keep : bool
+        If false, kept samples are not scaled.
+
+    See Also
+    --------
+    pyreg.DropPath : the same for NumPy.
+
+    Examples
+    --------
+    >>> import jax, pyreg.nnx
+    >>> from flax import nnx
+    >>> x, branch = jax.numpy.zeros((4, 2)), jax.numpy.ones((4, 2))
+    >>> x + pyreg.nnx.DropPath(0.5, rngs=nnx.Rngs(0))(branch)
+    Array([[2., 2.],
+           [0., 0.],
+           [2., 2.],
+           [0., 0.]], dtype=float32)
+    """
+
+    def _shared_dims(self, ndim: int) -> tuple[int, ...]:
+        return channelwise.dims_of_sample(ndim)
+
+
+class WordDropout(_WholeDropout):
+    """Drops whole words of embedded text, (..., length, features): all features of a position, or none.
+
+    Parameters
+    ----------
+    rate, deterministic, rng_collection, rngs, impl
+        As for :class:`Dropout`.
+    scale_by_keep : bool
+        If false, kept words are not scaled.
+
+    See Also
+    --------
+    pyreg.WordDropout : the same for NumPy, with references.
+
+    Examples
+    --------
+    >>> import jax, pyreg.nnx
+    >>> from flax import nnx
+    >>> pyreg.nnx.WordDropout(0.5, rngs=nnx.Rngs(0))(jax.numpy.ones((4, 2)))
+    Array([[2., 2.],
+           [0., 0.],
+           [2., 2.],
+           [0., 0.]], dtype=float32)
+    """
+
+    def _shared_dims(self, ndim: int) -> tuple[int, ...]:
+        return channelwise.dims_of_word(ndim)
 
 
 class BatchNorm(nnx.BatchNorm):
