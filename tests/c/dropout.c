@@ -53,6 +53,20 @@ static void check(enum pyreg_dtype dtype, const struct pyreg_mask *mask, size_t 
     free(x), free(y), free(kept), free(packed);
 }
 
+/* Two dims of ones, one of which shares its mask. */
+static void check_shared(const struct pyreg_mask *mask, size_t rows, size_t columns, bool by_row) {
+    const size_t n = rows * columns;
+    const int64_t shape[2] = {(int64_t)rows, (int64_t)columns}, strides[2] = {4 * shape[1], 4};
+    const int64_t mask_strides[2] = {by_row, !by_row};
+    char *x = ones(PYREG_F32, n);
+    uint8_t *kept = malloc(n);
+    if (pyreg_dropout(PYREG_F32, mask, true, 2, shape, x, strides, x, strides, mask_strides)) fail("shared", n);
+    if (pyreg_dropout_mask(mask, by_row ? rows : columns, false, kept)) fail("mask", n);
+    for (size_t i = 0; i < n; i++)
+        if (is_zero(x + 4 * i, 4) == kept[by_row ? i / columns : i % columns]) fail("dropout is not the shared mask", n);
+    free(x), free(kept);
+}
+
 int main(void) {
     if (pyreg_init()) return 2; /* this machine lacks the instruction set */
     static const double rates[] = {0, 0.1, 0.5, 1};
@@ -68,5 +82,13 @@ int main(void) {
         check(PYREG_F32, &mask, 8 * n, 1);
         check(PYREG_BF16, &mask, n, 3);
     }
+    for (int g = 0; g < PYREG_PACKED; g++) /* short and long rows, of several tiles */
+        for (size_t rows = 1; rows < 9000; rows = 3 * rows + 1)
+            for (size_t columns = 1; columns < 9000; columns = 2 * columns + 1) {
+                const struct pyreg_mask mask = {(enum pyreg_generator)g, {5, 6}, 0.3, rows, NULL, 0};
+                if (rows * columns > 500000) continue;
+                check_shared(&mask, rows, columns, true);
+                check_shared(&mask, rows, columns, false);
+            }
     return 0;
 }
