@@ -50,6 +50,18 @@ size_t bytes_of(ffi::AnyBuffer x) { return ffi::ByteWidth(x.element_type()); }
 
 char *at(ffi::AnyBuffer x, int64_t offset) { return static_cast<char *>(x.untyped_data()) + offset; }
 
+constexpr char GENERATOR[] = "generator", RATE[] = "rate", AXIS[] = "axis", EPSILON[] = "epsilon", RELU[] = "relu";
+
+/* The handler that calls a function; its operands, results and attributes are those in the function's type. */
+template <auto function> XLA_FFI_Error *handler(XLA_FFI_CallFrame *frame) {
+    static const auto *bound = ffi::Ffi::BindTo(function).release(); /* never destroyed: XLA has threads at exit, too */
+    return bound->Call(frame);
+}
+
+template <auto function> pyreg_ffi_handler named(const char *name) {
+    return {name, reinterpret_cast<void *>(handler<function>)};
+}
+
 /* ---- Dropout ----------------------------------------------------------------------------------------------------- */
 
 /* Operands: x, y: (batch..., inner...).  key: (batch..., 2), or bits: (batch..., bytes), a packed mask; both have 1 in
@@ -117,15 +129,16 @@ void set_key(pyreg_mask *mask, Keys keys, int64_t j) {
     mask->key[0] = keys.typed_data()[2 * j], mask->key[1] = keys.typed_data()[2 * j + 1];
 }
 
-ffi::Error dropout(ffi::AnyBuffer x, Keys keys, Window window, ffi::Result<ffi::AnyBuffer> y, int64_t generator,
-                   double rate) {
-    return dropout_each(x, keys.dimensions(), window, *y, mask_of(generator, rate),
+ffi::Error dropout(ffi::AnyBuffer x, Keys keys, Window window, ffi::Result<ffi::AnyBuffer> y,
+                   ffi::Attr<int64_t, GENERATOR> generator, ffi::Attr<double, RATE> rate) {
+    return dropout_each(x, keys.dimensions(), window, *y, mask_of(*generator, *rate),
                         [&](pyreg_mask *mask, int64_t j) { set_key(mask, keys, j); });
 }
 
-ffi::Error dropout_packed(ffi::AnyBuffer x, Bits bits, Window window, ffi::Result<ffi::AnyBuffer> y, double rate) {
+ffi::Error dropout_packed(ffi::AnyBuffer x, Bits bits, Window window, ffi::Result<ffi::AnyBuffer> y,
+                          ffi::Attr<double, RATE> rate) {
     const Dims dims = bits.dimensions();
-    pyreg_mask packed = mask_of(PYREG_PACKED, rate);
+    pyreg_mask packed = mask_of(PYREG_PACKED, *rate);
     packed.num_bytes = static_cast<size_t>(dims[dims.size() - 1]);
     return dropout_each(x, dims, window, *y, packed, [&](pyreg_mask *mask, int64_t j) {
         mask->bits = bits.typed_data() + static_cast<size_t>(j) * mask->num_bytes;
@@ -133,12 +146,13 @@ ffi::Error dropout_packed(ffi::AnyBuffer x, Bits bits, Window window, ffi::Resul
 }
 
 /* The packed masks of all keys, for dropout_packed. */
-ffi::Error dropout_mask(Keys keys, Window window, ffi::Result<Bits> bits, int64_t generator, double rate) {
+ffi::Error dropout_mask(Keys keys, Window window, ffi::Result<Bits> bits, ffi::Attr<int64_t, GENERATOR> generator,
+                        ffi::Attr<double, RATE> rate) {
     const NoInterrupts guard;
     const size_t inner = inner_dims(window), bytes = static_cast<size_t>(bits->dimensions().back());
     size_t n = 1;
     for (size_t d = 0; d < inner; d++) n *= static_cast<size_t>(window.typed_data()[inner + d]);
-    pyreg_mask mask = mask_of(generator, rate);
+    pyreg_mask mask = mask_of(*generator, *rate);
     for (size_t j = 0; j < keys.element_count() / 2; j++) {
         set_key(&mask, keys, static_cast<int64_t>(j));
         const pyreg_status status = pyreg_dropout_mask(&mask, n, true, bits->typed_data() + j * bytes);
@@ -146,23 +160,6 @@ ffi::Error dropout_mask(Keys keys, Window window, ffi::Result<Bits> bits, int64_
     }
     return ffi::Error::Success();
 }
-
-XLA_FFI_DEFINE_HANDLER(dropout_handler, dropout,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<Keys>()
-                           .Arg<Window>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<int64_t>("generator")
-                           .Attr<double>("rate"));
-
-XLA_FFI_DEFINE_HANDLER(
-    dropout_packed_handler, dropout_packed,
-    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<Bits>().Arg<Window>().Ret<ffi::AnyBuffer>().Attr<double>("rate"));
-
-XLA_FFI_DEFINE_HANDLER(
-    dropout_mask_handler, dropout_mask,
-    ffi::Ffi::Bind().Arg<Keys>().Arg<Window>().Ret<Bits>().Attr<int64_t>("generator").Attr<double>("rate"));
 
 /* ---- Batch-norm --------------------------------------------------------------------------------------------------
  * All operands have the same leading batch dims, of problems of their own.  Behind them x and what is like it have the
@@ -206,9 +203,10 @@ struct Problems {
 
 ffi::Error batch_norm_forward(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, Bools mask,
                               ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
-                              ffi::Result<ffi::AnyBuffer> var, int64_t axis, double epsilon, bool relu) {
+                              ffi::Result<ffi::AnyBuffer> var, ffi::Attr<int64_t, AXIS> axis,
+                              ffi::Attr<double, EPSILON> epsilon, ffi::Attr<bool, RELU> relu) {
     const NoInterrupts guard;
-    Problems p(x, mean->dimensions().size() - 1, axis, epsilon, relu);
+    Problems p(x, mean->dimensions().size() - 1, *axis, *epsilon, *relu);
     for (int64_t i = 0; i < p.count; i++) {
         p.args.scale = p.channel_values(scale, i), p.args.bias = p.channel_values(bias, i);
         const pyreg_status status = pyreg_batchnorm_forward(
@@ -222,10 +220,10 @@ ffi::Error batch_norm_forward(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBu
 ffi::Error batch_norm_backward(ffi::AnyBuffer dy, ffi::AnyBuffer dmean, ffi::AnyBuffer dvar, ffi::AnyBuffer x,
                                ffi::AnyBuffer mean, ffi::AnyBuffer var, ffi::AnyBuffer scale, Bools mask,
                                ffi::AnyBuffer y, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
-                               ffi::Result<ffi::AnyBuffer> dbias, ffi::Result<ffi::AnyBuffer> dresidual, int64_t axis,
-                               double epsilon) {
+                               ffi::Result<ffi::AnyBuffer> dbias, ffi::Result<ffi::AnyBuffer> dresidual,
+                               ffi::Attr<int64_t, AXIS> axis, ffi::Attr<double, EPSILON> epsilon) {
     const NoInterrupts guard;
-    Problems p(x, mean.dimensions().size() - 1, axis, epsilon, y.element_count() > 0);
+    Problems p(x, mean.dimensions().size() - 1, *axis, *epsilon, y.element_count() > 0);
     for (int64_t i = 0; i < p.count; i++) {
         p.args.scale = p.channel_values(scale, i);
         const pyreg_status status = pyreg_batchnorm_backward(
@@ -238,45 +236,13 @@ ffi::Error batch_norm_backward(ffi::AnyBuffer dy, ffi::AnyBuffer dmean, ffi::Any
     return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(batch_norm_forward_handler, batch_norm_forward,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<Bools>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<int64_t>("axis")
-                           .Attr<double>("epsilon")
-                           .Attr<bool>("relu"));
-
-XLA_FFI_DEFINE_HANDLER(batch_norm_backward_handler, batch_norm_backward,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<Bools>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<int64_t>("axis")
-                           .Attr<double>("epsilon"));
-
 } // namespace
 
 extern "C" const pyreg_ffi_handler pyreg_ffi_handlers[] = {
-    {"pyreg_dropout_v1", reinterpret_cast<void *>(dropout_handler)},
-    {"pyreg_dropout_mask_v1", reinterpret_cast<void *>(dropout_mask_handler)},
-    {"pyreg_dropout_packed_v1", reinterpret_cast<void *>(dropout_packed_handler)},
-    {"pyreg_batch_norm_forward_v1", reinterpret_cast<void *>(batch_norm_forward_handler)},
-    {"pyreg_batch_norm_backward_v1", reinterpret_cast<void *>(batch_norm_backward_handler)},
+    named<dropout>("pyreg_dropout_v1"),
+    named<dropout_mask>("pyreg_dropout_mask_v1"),
+    named<dropout_packed>("pyreg_dropout_packed_v1"),
+    named<batch_norm_forward>("pyreg_batch_norm_forward_v1"),
+    named<batch_norm_backward>("pyreg_batch_norm_backward_v1"),
     {nullptr, nullptr},
 };
