@@ -54,7 +54,6 @@ struct pass {
     void (*apply)(const struct kernels *kernels, const struct bn_block *b, const struct bn_coefficients *coefficients);
 };
 
-static size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
 static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
 static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 

@@ -79,8 +79,6 @@ char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t chan
 
 /* ---- Walk -------------------------------------------------------------------------------------------------------- */
 
-static size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
-
 /* Copies (rows, channels, inner) elements of `size` bytes between a packed block and a strided array. */
 static void copy_block(char *packed, char *strided, size_t size, const size_t length[3], const ptrdiff_t stride[3],
                        bool pack) {

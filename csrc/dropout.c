@@ -18,7 +18,7 @@ typedef void (*make_words)(const struct draw *draw, uint64_t first, size_t words
 /* Bits that have been made before; beyond the last there are zeros. */
 static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
     const size_t from = 4 * (size_t)first, size = 4 * words;
-    const size_t have = from < draw->num_bytes ? draw->num_bytes - from : 0, n = have < size ? have : size;
+    const size_t have = from < draw->num_bytes ? draw->num_bytes - from : 0, n = at_most(have, size);
     if (n)
         memcpy(keep, draw->bits + from, n); /* words and bytes have the same order of bits on little-endian machines */
     memset((char *)keep + n, 0, size - n);
@@ -79,9 +79,7 @@ static size_t look_at(struct window *w, const struct draw *draw, make_words make
 static bool bit_at(const uint32_t *keep, size_t at) { return keep[at / 32] >> at % 32 & 1; }
 
 /* The 32 bits from a position on. */
-static uint32_t word_at(const uint32_t *keep, size_t at) {
-    return (uint32_t)(((uint64_t)keep[at / 32 + 1] << 32 | keep[at / 32]) >> at % 32);
-}
+static uint32_t word_at(const uint32_t *keep, size_t at) { return keep_word(keep + at / 32, at % 32, 0); }
 
 /* Puts 32 bits at a position; what was before it stays, what was behind is lost. */
 static void put_word(uint32_t *keep, size_t at, uint32_t word) {
@@ -182,7 +180,7 @@ static void spread_bits(const uint32_t *from, size_t at, size_t run, size_t skip
 /* n bits, of which the first `period` are there. */
 static void repeat_bits(size_t period, size_t n, uint32_t *keep) {
     for (size_t j = period, bits; j < n; j += bits) {
-        bits = period < 32 ? period : 32;
+        bits = at_most(period, 32);
         put_word(keep, j, word_at(keep, j - period));
         if (period < 32) period *= 2;
     }
@@ -202,7 +200,7 @@ static void gather_bits(const struct dropout *op, struct window *w, uint64_t ind
     }
     const size_t own = step == 0 && run < n ? run : n; /* the rest repeats them */
     for (size_t k = 0, bits; k < own; k += bits, skip = 0, index += step) {
-        bits = run - skip < n - k ? run - skip : n - k;
+        bits = at_most(run - skip, n - k);
         size_t at = look_at(w, &op->draw, op->make, index + skip * run_step, run_step ? bits : 1);
         for (size_t b = 0; b < bits; b += 32)
             put_word(keep, k + b, run_step ? word_at(w->keep, at + b) : -(uint32_t)bit_at(w->keep, at));
@@ -245,7 +243,7 @@ static void dropout_chunk(void *work, size_t chunk) {
     const size_t from = chunk / op->chunks_per_part * op->part, length = (size_t)op->row.length;
     const size_t to = length < from + op->part ? length : from + op->part;
     size_t r = chunk % op->chunks_per_part * op->rows_per_chunk;
-    const size_t end = r + op->rows_per_chunk < op->rows ? r + op->rows_per_chunk : op->rows;
+    const size_t end = at_most(r + op->rows_per_chunk, op->rows);
     for (; r < end; r++) {
         const char *x = op->x + (int64_t)from * op->row.x;
         char *y = op->y + (int64_t)from * op->row.y;
@@ -258,7 +256,7 @@ static void dropout_chunk(void *work, size_t chunk) {
             x += j * dim->x, y += j * dim->y, index += (uint64_t)(j * dim->mask);
         }
         for (size_t j = from, n; j < to; j += n) {
-            n = op->tile < to - j ? op->tile : to - j;
+            n = at_most(op->tile, to - j);
             size_t over = (uintptr_t)y % 64; /* long rows go on from a cache line: full speed, and streaming needs it */
             if (over && op->contiguous && to - j > MASK_TILE) n = (64 - over) / op->size;
             dropout_tile(op, &w, x, y, index, j, n, stream && !over);
@@ -390,13 +388,13 @@ static void mask_chunk(void *work, size_t chunk) {
     const struct mask_op *op = work;
     struct window w;
     w.bits = 0;
-    size_t j = chunk * CHUNK, end = j + CHUNK < op->n ? j + CHUNK : op->n;
+    size_t j = chunk * CHUNK, end = at_most(j + CHUNK, op->n);
     for (size_t n; j < end; j += n) {
-        n = end - j < MASK_TILE ? end - j : MASK_TILE;
+        n = at_most(end - j, MASK_TILE);
         size_t at = look_at(&w, &op->draw, op->make, op->mask->offset + j, n);
         for (size_t k = 0; k < n; k += 32) {
-            uint32_t word = word_at(w.keep, at + k);
-            size_t bits = n - k < 32 ? n - k : 32;
+            uint32_t word = keep_word(w.keep + at / 32, at % 32, k / 32);
+            size_t bits = at_most(n - k, 32);
             if (!op->packed) {
                 for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;
                 continue;

@@ -12,8 +12,6 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-static inline size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
-
 /* ---- Vectors: elements as read, computed (narrow) and summed (wide) ---------------------------------------------- */
 
 typedef acc_t narrow __attribute__((vector_size(LANES64 * sizeof(acc_t))));

@@ -11,18 +11,12 @@
  * is in flight, and the hardware's own prefetcher stops at page ends. */
 enum { PREFETCH_BYTES = 4096, LINE_BYTES = 64, WORD = 32 };
 
-/* Word j of the bits, which start `shift` bits into keep[]. */
-static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
-    return (uint32_t)(((uint64_t)keep[j + 1] << 32 | keep[j]) >> shift);
-}
-
 static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
     elem_t y = store(load(x) * scale);
     return kept ? y : 0;
 }
 
-/* ---- Vectors of elements, as bits; spelled out because compilers find them in a plain loop on some targets only ---
- */
+/* ---- Vectors of elements, as bits; spelled out because compilers find them in a plain loop on some targets only -- */
 
 #if defined(PYREG_F32)
 typedef uint32_t elem_bits;

@@ -6,9 +6,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+static inline size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
+
 /* A row of mask bits: word j holds elements 32 j .. 32 j + 31, least significant bit first, 1 = kept.
  * Generators make whole groups, the most that one vector of any instruction set holds, up to MASK_WORDS at once. */
 enum { MASK_GROUP = 512, MASK_TILE = 4096, MASK_WORDS = (MASK_TILE + MASK_GROUP) / 32 };
+
+/* 32 bits of a row that starts `shift` bits into keep[]: word j of it. */
+static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
+    return (uint32_t)(((uint64_t)keep[j + 1] << 32 | keep[j]) >> shift);
+}
 
 /* A mask, ready for the loops.  Round keys and digits lie in memory because a vector is filled from there for free. */
 enum { PHILOX_ROUNDS = 10, LIMIT_DIGITS = 64 };

@@ -1,5 +1,4 @@
-/* Loops over elements.  Compiled once per instruction set (PYREG_ISA) and element type (PYREG_DTYPE); exports one
- * table. */
+/* Loops over elements.  Compiled once per instruction set (PYREG_ISA) and element type (PYREG_DTYPE): a table each. */
 #include "batchnorm.h"
 #include "dropout.h"
 
