@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -68,3 +69,9 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def in_threads(work, count):
+    """Calls work(0), work(1), ... at the same time, each in a thread, and raises what they raised."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-import threading
 import time
 import warnings
 
 import numpy as np
 import pytest
-from common import same
+from common import in_threads, same
 
 jax = pytest.importorskip("jax")
 jnp, random = jax.numpy, jax.random
@@ -190,16 +189,12 @@ def test_threads(monkeypatch):
     rules = mlir._platform_specific_lowerings["cpu"]
     stock, seen = rules[threefry2x32_p], []
 
-    def work():
+    def work(_):
         for _ in range(10):
             with pyreg.jax.accelerate_random():
                 seen.append(rules[threefry2x32_p])
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert len(seen) == 40
     assert stock not in seen
     assert rules[threefry2x32_p] is stock

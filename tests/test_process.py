@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import threadpoolctl
-from common import ISAS, python, same
+from common import ISAS, in_threads, python, same
 
 import pyreg
 
@@ -134,19 +134,12 @@ print(spent / 20)
 def test_eight_threads_at_once():
     x = np.random.default_rng(0).standard_normal(1_500_000).astype(np.float32)
     want = [pyreg.dropout(x, 0.1, key=k) for k in range(8)]
-    failures = []
 
     def work(k):
         for _ in range(10):
-            if not same(pyreg.dropout(x, 0.1, key=k), want[k]):
-                failures.append(k)
+            assert same(pyreg.dropout(x, 0.1, key=k), want[k])
 
-    pool = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for t in pool:
-        t.start()
-    for t in pool:
-        t.join()
-    assert not failures
+    in_threads(work, 8)
 
 
 def test_the_gil_is_released():
