@@ -1,15 +1,27 @@
 """Names that the tests of pyreg.jax share.  Tests that import it are skipped where JAX or Flax is missing."""
 
+import itertools
 import warnings
 
 import numpy as np
 import pytest
-from common import bits
+from common import bits, python
 
 jax = pytest.importorskip("jax")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages, while they are imported
     nnx = pytest.importorskip("flax.nnx")
+import pyreg.jax  # noqa: E402
+
+NamedSharding, PartitionSpec = jax.sharding.NamedSharding, jax.sharding.PartitionSpec
+EXPORTABLE = [jax.export.DisabledSafetyCheck.custom_call(name) for name in pyreg.jax.ffi_targets()]
+CHECKPOINTS = {  # options of jax.checkpoint
+    "": {},
+    " of everything": {"policy": jax.checkpoint_policies.everything_saveable},
+    " of nothing": {"policy": jax.checkpoint_policies.nothing_saveable},
+    " of products": {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable},
+    " kept whole": {"prevent_cse": False},
+}
 
 
 def has_key_impl(name):
@@ -37,3 +49,47 @@ def assert_same(got, want):
         a, b = np.asarray(a), np.asarray(b)
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         np.testing.assert_array_equal(bits(a), bits(b))
+
+
+# ---- Several devices, which are four parts of the CPU ----------------------------------------------------------------
+
+
+def auto_mesh():
+    """XLA chooses shardings."""
+    return jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def explicit_mesh():
+    """Shardings are part of a type."""
+    return jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+
+def meshes():
+    return auto_mesh(), explicit_mesh()
+
+
+def put(x, mesh, *spec):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def placements():
+    """Every way to cut three dims along two mesh axes."""
+    for where in itertools.product((None, 0, 1, 2), repeat=2):
+        for order in ("ab", "ba") if where[0] == where[1] is not None else ("ab",):
+            yield [tuple(a for a in order if where["ab".index(a)] == d) or None for d in range(3)]
+
+
+FEW_PLACEMENTS = (("a", "b", None), (("b", "a"), None, None), (None, ("a", "b"), None), ("b", None, "a"))
+
+
+def run_cases(module, names, devices=4, before=""):
+    """Calls some of a test module's CASES in a process of their own: XLA is told of devices before it starts."""
+    code = f"""{before}
+import warnings
+from {module} import CASES
+warnings.simplefilter("error")
+for name in {names}:
+    CASES[name]()
+"""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    python(code, warnings="ignore", timeout=300, XLA_FLAGS=flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")

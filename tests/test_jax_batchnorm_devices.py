@@ -1,7 +1,4 @@
-"""pyreg.jax.batch_norm on several devices, which are four parts of the CPU.
-
-The functions in CASES run in processes of their own, because XLA is told of the devices before it starts.
-"""
+"""pyreg.jax.batch_norm on several devices, which are four parts of the CPU."""
 
 import functools
 import itertools
@@ -9,13 +6,13 @@ import warnings
 
 import numpy as np
 import pytest
-from common import normal, python
-from jaxcommon import jax
+from common import normal
+from jaxcommon import FEW_PLACEMENTS, NamedSharding, auto_mesh, explicit_mesh, jax, meshes, placements, put, run_cases
+from jaxcommon import PartitionSpec as P
 from test_batchnorm import F32, F64, masked_somewhere
 from test_jax_batchnorm import assert_close, batch_norm, formula, unequal_parts, weights, whole, x64
 
 jnp, lax = jax.numpy, jax.lax
-P, NamedSharding = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
 SHAPE, AXIS = (4, 8, 12), 1
 CASES = {}
 
@@ -23,27 +20,6 @@ CASES = {}
 def case(function):
     CASES[function.__name__] = function
     return function
-
-
-def auto_mesh():
-    return jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-
-def meshes():
-    """Of Auto axes, where XLA chooses shardings, and of Explicit ones, which are part of a type."""
-    yield auto_mesh()
-    yield jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-
-
-def put(x, mesh, *spec):
-    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
-
-
-def placements():
-    """Every way to cut three dims along two mesh axes."""
-    for where in itertools.product((None, 0, 1, 2), repeat=2):
-        for order in ("ab", "ba") if where[0] == where[1] is not None else ("ab",):
-            yield [tuple(a for a in order if where["ab".index(a)] == d) or None for d in range(3)]
 
 
 def operands(dtype=F32):
@@ -91,13 +67,13 @@ def run(f, args, reduces=None):
 # ---- Partitioned by XLA ----------------------------------------------------------------------------------------------
 
 
-def check_layouts(kind, mesh, forward):
+def layouts(kind, mesh, specs):
     args, f = operands(), op(batch_norm, kind)
     want = gradient(f)(*args)
-    for spec in placements():
+    for spec in specs:
         cut = any(spec[d] for d in range(3) if d != AXIS)
         placed = place(args, mesh, spec)
-        if forward:
+        if kind == "plain":
             assert_close(run(f, placed, 2 * cut), want[0], 2e-5)
         got = run(gradient(f), placed, 3 * cut)
         assert_close(got, want, 2e-5)
@@ -106,26 +82,28 @@ def check_layouts(kind, mesh, forward):
 
 
 @case
-def layouts_auto():
-    check_layouts("plain", next(meshes()), True)
-
-
-@case
-def layouts_explicit():
-    check_layouts("plain", list(meshes())[1], False)
+def layouts_plain():
+    for mesh in meshes():
+        layouts("plain", mesh, FEW_PLACEMENTS)
 
 
 @case
 def layouts_all():
-    check_layouts("all", next(meshes()), False)
+    layouts("all", auto_mesh(), placements())
 
 
 @case
 def layouts_all_explicit():
-    args, f, mesh = operands(), op(batch_norm, "all"), list(meshes())[1]
+    args, f, mesh = operands(), op(batch_norm, "all"), explicit_mesh()
     want = gradient(f)(*args)
-    for spec in (("a", "b", None), (("b", "a"), None, None), (None, ("a", "b"), None), ("b", None, "a")):
+    for spec in FEW_PLACEMENTS:
         assert_close(run(gradient(f), place(args, mesh, spec)), want, 2e-5)
+
+
+@case
+def every_layout():
+    for mesh in meshes():
+        layouts("plain", mesh, placements())
 
 
 @case
@@ -141,7 +119,7 @@ def parameters_on_every_device():
 @case
 def dtypes():
     for dtype, tolerance in ((np.float16, 4e-3), (jnp.bfloat16, 3e-2), (F64, 1e-12)):
-        with x64(dtype == F64):
+        with jax.enable_x64(dtype == F64):  # of this thread, and XLA has others
             x, scale, bias, *rest = operands(np.dtype(dtype))
             f = gradient(op(batch_norm, "all"))
             args = x, *(a.astype(jnp.promote_types(dtype, F32)) for a in (scale, bias)), *rest
@@ -182,7 +160,7 @@ def vmap():
         results, back = jax.vjp(jax.vmap(batch_norm), x, scale)
         return results, back(tuple(r * r for r in results))
 
-    want = f(x, scale)
+    want, turns = f(x, scale), itertools.cycle(meshes())
     for spec, reduces in (
         (("a",), 0),
         ((("a", "b"),), 0),
@@ -191,9 +169,8 @@ def vmap():
         ((None, "a", "b"), 3),
         ((None, ("a", "b")), 3),
     ):
-        spec = (*spec, None, None)[:3]
-        for mesh in meshes():
-            assert_close(run(f, [put(x, mesh, *spec), put(scale, mesh, spec[0], spec[2])], reduces), want, 2e-5)
+        spec, mesh = (*spec, None, None)[:3], next(turns)
+        assert_close(run(f, [put(x, mesh, *spec), put(scale, mesh, spec[0], spec[2])], reduces), want, 2e-5)
     want = jax.vmap(batch_norm, 2, 1)(x)
     assert_close(run(jax.vmap(batch_norm, 2, 1), [put(x, auto_mesh(), "a", None, "b")], 2), want, 2e-5)
 
@@ -245,7 +222,7 @@ def in_parts(axis_name, **options):
 def shard_map():
     """With axis_name as batch-norm of the whole, parameters shared or cut; masks count other elements in each part."""
     with x64():
-        args = operands(F64)
+        args, turns = operands(F64), itertools.cycle(meshes())
         want = gradient(op(formula, "all"))(*args)
         for spec, name in (
             (("a", None, "b"), ("a", "b")),
@@ -254,10 +231,9 @@ def shard_map():
             ((None, "a", "b"), "b"),
         ):
             full, channels = P(*spec), P(*spec[AXIS : AXIS + 1])
-            specs = full, channels, channels, full, full
-            for mesh in meshes():
-                f = jax.shard_map(in_parts(name), mesh=mesh, in_specs=specs, out_specs=(full, channels, channels))
-                assert_close(jax.jit(gradient(f))(*place(args, mesh, spec)), want, 1e-10)
+            specs, mesh = (full, channels, channels, full, full), next(turns)
+            f = jax.shard_map(in_parts(name), mesh=mesh, in_specs=specs, out_specs=(full, channels, channels))
+            assert_close(jax.jit(gradient(f))(*place(args, mesh, spec)), want, 1e-10)
 
 
 @case
@@ -332,16 +308,12 @@ def groups():
 # ---- In processes ----------------------------------------------------------------------------------------------------
 
 
-def main(names):
-    warnings.simplefilter("error")
-    for name in names.split():
-        CASES[name]()
-
-
 @pytest.mark.parametrize("part", range(4))
 def test_devices(part):
     """Several in each process: it takes seconds to start."""
-    names = " ".join(list(CASES)[part::4])
-    code = f"import test_jax_batchnorm_devices\ntest_jax_batchnorm_devices.main({names!r})"
-    flags = "--xla_force_host_platform_device_count=4"
-    python(code, warnings="ignore", timeout=300, XLA_FLAGS=flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    run_cases("test_jax_batchnorm_devices", [name for name in CASES if name != "every_layout"][part::4])
+
+
+@pytest.mark.slow
+def test_every_layout():
+    run_cases("test_jax_batchnorm_devices", ["every_layout"])

@@ -1,25 +1,33 @@
-"""pyreg.jax.dropout on several devices, which are four parts of the CPU, and on one core.
-
-The functions named as in CASES run in processes of their own, because XLA is told of the devices before it starts.
-"""
+"""pyreg.jax.dropout on several devices, which are four parts of the CPU, and on one core."""
 
 import itertools
 import os
 import re
 import sys
-import threading
 import warnings
 
 import numpy as np
 import pytest
-from common import normal, python
-from jaxcommon import assert_same, flax_dropout, jax
+from common import in_threads, normal
+from jaxcommon import (
+    FEW_PLACEMENTS,
+    NamedSharding,
+    assert_same,
+    auto_mesh,
+    explicit_mesh,
+    flax_dropout,
+    jax,
+    meshes,
+    placements,
+    put,
+    run_cases,
+)
+from jaxcommon import PartitionSpec as P
 
 import pyreg
 import pyreg.jax
 
 jnp, lax = jax.numpy, jax.lax
-P, NamedSharding = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
 SHAPE = (4, 8, 12)
 RATE = 0.75  # the scale is 4: with small integers, sums are exact in any order
 CASES = {}
@@ -38,23 +46,6 @@ def integers(shape=SHAPE, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32))
 
 
-def meshes():
-    """Of Auto axes, where XLA chooses shardings, and of Explicit ones, which are part of a type."""
-    yield jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
-    yield jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-
-
-def put(x, mesh, *spec):
-    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
-
-
-def placements():
-    """Every way to cut three dims along two mesh axes."""
-    for where in itertools.product((None, 0, 1, 2), repeat=2):
-        for order in ("ab", "ba") if where[0] == where[1] is not None else ("ab",):
-            yield [tuple(a for a in order if where["ab".index(a)] == d) or None for d in range(3)]
-
-
 def value_and_grad(d):
     def f(x, key):
         y, vjp = jax.vjp(lambda x: d(x, key), x)
@@ -70,10 +61,10 @@ def run(f, *args):
     return compiled(*args)
 
 
-def everywhere(f, x, keys, spec, key_spec=()):
+def everywhere(f, x, keys, spec, key_spec=(), on=None):
     """f gives on each mesh what it gives on one device, and the result stays where x is."""
     want = f(x, keys)
-    for mesh in meshes():
+    for mesh in on or meshes():
         args = put(x, mesh, *spec), put(keys, mesh, *key_spec)
         got = run(f, *args)
         assert_same(got, want)
@@ -87,23 +78,30 @@ def everywhere(f, x, keys, spec, key_spec=()):
 # ---- Partitioned by XLA ----------------------------------------------------------------------------------------------
 
 
-def layouts(dims, impl):
+def layouts(dims, impl, specs, on=None):
     x, key = integers(), jax.random.key(3)
     f = value_and_grad(dropout(dims, impl))
     if impl == "auto":
         assert_same(f(x, key), value_and_grad(flax_dropout(RATE, dims))(x, key))
-    for spec in placements():
-        everywhere(f, x, key, spec)
+    for spec in specs:
+        everywhere(f, x, key, spec, on=on)
 
 
 @case
 def layouts_auto():
-    layouts((), "auto")
+    layouts((), "auto", placements(), [auto_mesh()])
+    layouts((), "auto", FEW_PLACEMENTS, [explicit_mesh()])
 
 
 @case
 def layouts_philox():
-    layouts((1,), "philox")
+    layouts((1,), "philox", FEW_PLACEMENTS)
+
+
+@case
+def every_layout():
+    for dims, impl in (((), "auto"), ((1,), "philox")):
+        layouts(dims, impl, placements())
 
 
 @case
@@ -111,13 +109,15 @@ def broadcast_dims():
     x, key = integers(), jax.random.key(3)
     for dims, impl in [(0, "auto"), ((0, 2), "philox"), (-1, "auto"), ((0, 1, 2), "philox")]:
         for spec in ((("a", "b"), None, None), (None, "b", "a")):
-            everywhere(dropout(dims, impl), x, key, spec)
+            everywhere(dropout(dims, impl), x, key, spec, on=[auto_mesh()])
 
 
 @case
 def dtypes():
-    for dtype in (np.float16, jnp.bfloat16):
-        everywhere(value_and_grad(dropout()), jnp.asarray(normal(SHAPE, dtype)), jax.random.key(3), ("b", None, "a"))
+    for dtype in (np.float16, jnp.bfloat16, np.float64):
+        with jax.enable_x64(dtype == np.float64):  # of this thread, and XLA has others
+            x = jnp.asarray(normal(SHAPE, dtype))
+            everywhere(value_and_grad(dropout()), x, jax.random.key(3), ("b", None, "a"))
 
 
 @case
@@ -128,7 +128,7 @@ def keys_of_other_kinds():
         key = jax.random.key(3, impl=impl)
         got = jax.jit(dropout(impl="philox"))(put(x, mesh, "a", "b"), put(key, mesh))
         assert_same(got, dropout(impl="philox")(x, key))
-    mesh, key = next(meshes()), jax.random.key(3)
+    mesh, key = auto_mesh(), jax.random.key(3)
     with jax.threefry_partitionable(False):
         assert_same(jax.jit(dropout())(put(x, mesh, "a", "b"), put(key, mesh)), flax_dropout(RATE)(x, key))
 
@@ -144,31 +144,26 @@ def one_dim_and_none():
 @case
 def uneven_parts():
     """Within a program XLA also cuts what cannot be cut evenly."""
-    x, key, mesh = integers((5, 7)), jax.random.key(3), next(meshes())
+    x, key, mesh = integers((5, 7)), jax.random.key(3), auto_mesh()
+    specs = itertools.cycle([P("a", "b"), P(None, ("a", "b")), P(("b", "a"))])
     for dims, impl in itertools.product([(), 0, 1], ["auto", "philox"]):
-        d = dropout(dims, impl)
-        for spec in (P("a", "b"), P(None, ("a", "b")), P(("b", "a"))):
+        d, cut = dropout(dims, impl), NamedSharding(mesh, next(specs))
 
-            def f(x, key):
-                cut = lax.with_sharding_constraint(x + 1, NamedSharding(mesh, spec))  # noqa: B023
-                return lax.with_sharding_constraint(d(cut, key), NamedSharding(mesh, spec)) + 1  # noqa: B023
+        def f(x, key):
+            y = d(lax.with_sharding_constraint(x + 1, cut), key)  # noqa: B023
+            return lax.with_sharding_constraint(y, cut) + 1  # noqa: B023
 
-            assert_same(jax.jit(f)(x, key), d(x + 1, key) + 1)
+        assert_same(jax.jit(f)(x, key), d(x + 1, key) + 1)
 
 
 @case
 def vmap():
     x, keys = integers(), jax.random.split(jax.random.key(3), 4)
     d = dropout(impl="philox")
-    for spec in (
-        ("a", "b"),
-        (("a", "b"),),
-        ("b", None, "a"),
-        (None, "a", "b"),
-    ):  # keys are cut as x is: JAX wants it
-        everywhere(jax.vmap(value_and_grad(d)), x, keys, spec, spec[:1])
-        everywhere(jax.vmap(d, (0, None)), x, keys[0], spec)
-    mesh, d = next(meshes()), jax.vmap(dropout())
+    for spec in (("a", "b"), (("a", "b"),), ("b", None, "a"), (None, "a", "b")):
+        everywhere(jax.vmap(value_and_grad(d)), x, keys, spec, spec[:1])  # keys are cut as x is: JAX wants it
+        everywhere(jax.vmap(d, (0, None)), x, keys[0], spec, on=[auto_mesh()])
+    mesh, d = auto_mesh(), jax.vmap(dropout())
     assert_same(run(d, put(x, mesh, "a", "b"), put(keys, mesh)), d(x, keys))  # keys that every device has
     keys, d = jax.random.split(jax.random.key(3), 8), jax.vmap(dropout(), (1, 0), 1)
     assert_same(run(d, put(x, mesh, "a", "b"), put(keys, mesh)), d(x, keys))
@@ -199,7 +194,7 @@ def donation():
 @case
 def training_step():
     """Gradients are summed over devices; the mask is that of the whole batch."""
-    mesh, key = next(meshes()), jax.random.key(3)
+    mesh, key = auto_mesh(), jax.random.key(3)
     x, w = integers((8, 6)), integers((6, 4), seed=1)
 
     def loss(w, x, key, d):
@@ -256,7 +251,7 @@ def shard_map_of_some_axes():
     x, keys = integers(), jax.random.split(jax.random.key(3), 2)
     d = value_and_grad(dropout())
     want = jax.tree.map(lambda *parts: jnp.concatenate(parts), *[d(x[2 * i : 2 * i + 2], keys[i]) for i in range(2)])
-    mesh = next(meshes())
+    mesh = auto_mesh()
     f = jax.shard_map(
         lambda x, keys: d(x, keys[0]), mesh=mesh, in_specs=(P("a"), P("a")), out_specs=P("a"), axis_names={"a"}
     )
@@ -303,20 +298,12 @@ def python_threads():
     functions = [jax.jit(dropout(impl=impl)) for impl in ("auto", "philox")]
     functions.append(lambda x, key: pyreg.dropout(np.asarray(x), RATE, key=np.asarray(jax.random.key_data(key))))
     want = [np.asarray(f(x, key)) for f in functions]
-    bad = []
 
     def work(i):
         for _ in range(5):
-            y = functions[i % 3](x, key)
-            if not (np.asarray(y) == want[i % 3]).all():
-                bad.append(i)
+            np.testing.assert_array_equal(functions[i % 3](x, key), want[i % 3])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not bad
+    in_threads(work, 6)
 
 
 @case
@@ -336,30 +323,23 @@ def fork_after_use():
 # ---- In processes ----------------------------------------------------------------------------------------------------
 
 
-def main(names):
-    warnings.simplefilter("error")
-    for name in names.split():
-        CASES[name]()
-
-
-def process(names, devices, before="", timeout=300):
-    code = f"{before}\nimport test_jax_devices\ntest_jax_devices.main({names!r})"
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    python(code, warnings="ignore", timeout=timeout, XLA_FLAGS=flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-
-
-IN_FLIGHT = "in_flight python_threads fork_after_use"
+IN_FLIGHT = ["in_flight", "python_threads", "fork_after_use"]
 BY_HAND = [name for name in CASES if name.startswith("shard_map") or name == "pmap"]
-BY_XLA = [name for name in CASES if name not in [*BY_HAND, *IN_FLIGHT.split()]]
+BY_XLA = [name for name in CASES if name not in [*BY_HAND, *IN_FLIGHT, "every_layout"]]
 PIN = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
 
 
 @pytest.mark.parametrize("names", [BY_XLA, BY_HAND], ids=["by XLA", "by hand"])
 def test_devices(names):
-    process(" ".join(names), 4)
+    run_cases("test_jax_devices", names)
+
+
+@pytest.mark.slow
+def test_every_layout():
+    run_cases("test_jax_devices", ["every_layout"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity and fork are Linux's")
 @pytest.mark.parametrize("before", ["", PIN], ids=["all cores", "one core"])
 def test_progress(before):
-    process(IN_FLIGHT, 1, before)
+    run_cases("test_jax_devices", IN_FLIGHT, devices=1, before=before)
