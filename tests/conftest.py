@@ -48,6 +48,17 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items):
+    """few_by_jax(argument=values): on the backend of JAX operations, which compiles long, others are for -m slow."""
+    for item in items:
+        for mark in item.iter_markers("few_by_jax"):
+            arguments = item.callspec.params
+            few = all(arguments[name] in values for name, values in mark.kwargs.items())
+            if arguments["jax_backend"] == "jax" and not few:
+                item.add_marker(pytest.mark.slow)
+
+
 CALLBACK = pytest.param("callback", marks=pytest.mark.slow)  # used by who asks for it only
 
 

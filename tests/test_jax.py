@@ -50,10 +50,10 @@ def test_recorded_values(isa, x64):
 
 seeds = st.integers(0, 2**32 - 1)
 rates = st.one_of(st.sampled_from([0.1, 0.5, 1 / 3, 0.9, 1e-4, 1e-9, 1 - 1e-6]), st.floats(1e-12, 1 - 1e-12))
-shapes = st.sampled_from([(), (1,), (7,), (0, 3), (3, 5), (257,), (2, 3, 4, 5)])  # few: JAX compiles for each
+shapes = st.sampled_from([(), (1,), (7,), (0, 3), (3, 5), (257,), (2, 3, 5)])  # few: JAX compiles for each
 
 
-def test_bernoulli(x64):
+def test_bernoulli(x64, quick_compilation):
     jax = pytest.importorskip("jax")
 
     @given(seed=seeds, rate=rates, shape=shapes)
@@ -67,7 +67,7 @@ def test_bernoulli(x64):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_flax(x64, dtype):
+def test_flax(x64, quick_compilation, dtype):
     jax = pytest.importorskip("jax")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages, while they are imported
