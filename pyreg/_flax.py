@@ -16,7 +16,7 @@ Activation = Literal["relu"] | None
 def draws(x: Any, rate: Any) -> bool:
     """Whether there is a mask to draw, and pyreg.jax.dropout means by these what Flax's Dropout does.
 
-    It does not where Flax's keep probability would decide the dtype of the draw or of the result.
+    It does not where Flax's keep probability would decide the dtype of the draw or of the result, or that is weak.
     """
     return (
         isinstance(rate, (int, float))
@@ -24,6 +24,7 @@ def draws(x: Any, rate: Any) -> bool:
         and hasattr(x, "dtype")
         and _ops._is_supported(x)
         and jnp.result_type(x, rate) == x.dtype
+        and not getattr(x, "weak_type", False)
     )
 
 
@@ -51,7 +52,7 @@ def activate(y: Array, activation: Activation) -> Array:
 
 def normalises(x: Any, axis: Any) -> bool:
     """Whether pyreg.jax.batch_norm takes this input."""
-    return isinstance(axis, int) and _ops._is_supported(x)
+    return isinstance(axis, int) and _ops._is_supported(x) and x.size != 0
 
 
 def step(momentum: float, old: Array, new: Array) -> Array:
