@@ -1,0 +1,480 @@
+"""pyreg.linen against Flax's linen: layers, attention, and models with either."""
+
+import functools
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+from common import normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxcommon import assert_same, jax
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of other packages, while they are imported
+    linen = pytest.importorskip("flax.linen")
+    serialization = pytest.importorskip("flax.serialization")
+
+import pyreg.jax
+import pyreg.linen
+
+jnp = jax.numpy
+FAMILIES = (linen, pyreg.linen)
+HALF = 0.5  # whose scale is exact, so that it is the same if XLA divides, as it may outside jit
+KEY = jax.random.key(0)
+RNGS = {"params": KEY, "dropout": jax.random.key(1), "noise": jax.random.key(2)}
+apart = jax.lax.optimization_barrier
+
+
+def assert_alike(f):
+    """A function of linen or pyreg.linen returns the same."""
+    assert_same(f(pyreg.linen), f(linen))
+
+
+def assert_alike_or_wrong(f):
+    """A function of linen or pyreg.linen returns the same, or complains the same."""
+    theirs, ours = (outcome(f, family) for family in FAMILIES)
+    if isinstance(theirs, str) or isinstance(ours, str):
+        assert ours == theirs
+    else:
+        assert_same(ours, theirs)
+
+
+def outcome(f, *args):
+    """What a function returns, or its error as text."""
+    try:
+        return f(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+# ---- Dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Dropout", "BatchNorm"])
+def test_signatures(name):
+    theirs, ours = (getattr(family, name) for family in FAMILIES)
+    assert issubclass(ours, theirs)
+    want, got = (inspect.signature(layer).parameters for layer in (theirs, ours))
+    assert set(got) - set(want) <= {"impl", "activation"}
+    kept = {key: got[key] for key in want}
+    assert [(p.kind, p.default) for p in kept.values()] == [(p.kind, p.default) for p in want.values()]
+    assert list(kept) == [key for key in got if key in want]
+    want, got = (inspect.signature(layer.__call__).parameters for layer in (theirs, ours))
+    assert [(p.name, p.kind, p.default) for p in got.values()] == [(p.name, p.kind, p.default) for p in want.values()]
+
+
+def test_signature_of_attention():
+    want, got = (inspect.signature(family.dot_product_attention).parameters for family in FAMILIES)
+    assert list(got) == [*want, "impl"]
+    assert [p.default for p in got.values()][:-1] == [p.default for p in want.values()]
+
+
+def test_arguments_by_position():
+    assert_alike(lambda f: f.Dropout(HALF, (0,), False, "noise").apply({}, jnp.ones((4, 5)), rngs=RNGS))
+    assert_alike(lambda f: f.Dropout(HALF).apply({}, jnp.ones((4, 5)), False, jax.random.key(3)))
+
+
+@pytest.mark.parametrize("at_call", [None, False, True])
+@pytest.mark.parametrize("at_construction", [None, False, True])
+@pytest.mark.parametrize("rngs", [RNGS, {"dropout": KEY}, {"params": KEY}, {}], ids=["all", "own", "params", "none"])
+def test_deterministic(at_construction, at_call, rngs):
+    """Either or both given or none; and which stream is drawn from, or missing."""
+
+    def run(family):
+        layer = family.Dropout(HALF, deterministic=at_construction)
+        return layer.apply({}, jnp.ones((4, 5)), deterministic=at_call, rngs=rngs)
+
+    assert_alike_or_wrong(run)
+
+
+KEYS = {
+    "key": jax.random.key(3),
+    "legacy key": jax.random.PRNGKey(4),
+    "rbg key": jax.random.key(5, impl="rbg"),
+    "words": np.zeros(2, np.uint32),
+    "int": 3,
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("how", ["stream", "argument"])
+def test_keys(name, how):
+    def run(family):
+        layer, x = family.Dropout(HALF, deterministic=False, rng_collection="noise"), jnp.ones((4, 5))
+        if how == "stream":
+            return layer.apply({}, x, rngs={"noise": KEYS[name], "dropout": KEY})
+        return layer.apply({}, x, rng=KEYS[name], rngs=RNGS)
+
+    theirs, ours = (outcome(run, family) for family in FAMILIES)
+    if isinstance(theirs, str):
+        assert isinstance(ours, str)  # in words of ours
+    else:
+        assert_same(ours, theirs)
+
+
+INPUTS = {
+    "float16": jnp.ones((4, 5), jnp.float16),
+    "bfloat16": jnp.ones((4, 5), jnp.bfloat16),
+    "integers": jnp.ones((4, 5), jnp.int32),
+    "complex": jnp.ones((4, 5), jnp.complex64),
+    "NumPy": np.ones((4, 5), np.float32),
+    "weak": jnp.full((4, 5), 1.0),
+    "scalar": jnp.float32(1),
+    "empty": jnp.ones((4, 0, 5)),
+    "a number": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("rate", [HALF, 0.0, 1.0, np.float32(0.5)])
+def test_inputs(name, rate):
+    def run(family):
+        y = family.Dropout(rate, deterministic=False).apply({}, INPUTS[name], rngs=RNGS)
+        return y, jnp.bool(getattr(y, "weak_type", False))
+
+    assert_alike_or_wrong(run)
+
+
+@pytest.mark.parametrize("dims", [(0,), (-1,), (0, 2), [0, 1, 2]])
+def test_broadcast_dims(dims):
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    assert_alike(lambda f: f.Dropout(HALF, broadcast_dims=dims, deterministic=False).apply({}, x, rngs=RNGS))
+
+
+@pytest.mark.parametrize("rate", [1.5, -0.5, float("nan")])
+def test_rates_that_flax_takes(rate):
+    x = jnp.ones((1, 4, 5))
+    for call in (
+        lambda: pyreg.linen.Dropout(rate, deterministic=False).apply({}, x, rngs=RNGS),
+        lambda: pyreg.linen.dot_product_attention(x, x, x, dropout_rng=KEY, dropout_rate=rate),
+    ):
+        with pytest.raises(ValueError, match=r"rate is .*; wanted a probability .* in \[0, 1\] \(Flax does not check"):
+            call()
+    assert pyreg.linen.Dropout(rate, deterministic=True).apply({}, x) is x
+
+
+def test_options_are_checked():
+    x = jnp.ones((4, 5))
+    with pytest.raises(ValueError, match="impl is 'threefry'; wanted 'auto' or 'philox'"):
+        pyreg.linen.Dropout(0.5, deterministic=False, impl="threefry").apply({}, x, rngs=RNGS)
+    with pytest.raises(ValueError, match="activation is 'gelu'; wanted None or 'relu'"):
+        pyreg.linen.BatchNorm(True, activation="gelu").init(KEY, x)
+
+
+def test_philox():
+    x = jnp.ones((20, 5))
+
+    class Drawn(linen.Module):
+        @linen.compact
+        def __call__(self):
+            return self.make_rng("dropout")
+
+    key = Drawn().apply({}, rngs=RNGS)
+    y = pyreg.linen.Dropout(0.3, (0,), False, impl="philox").apply({}, x, rngs=RNGS)
+    assert_same(y, pyreg.jax.dropout(x, 0.3, key=key, broadcast_dims=(0,), impl="philox"))
+    assert (y != pyreg.linen.Dropout(0.3, (0,), False).apply({}, x, rngs=RNGS)).any()
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+WIDTH = 6
+rates = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.8, 1.0])
+leaves = st.one_of(
+    st.sampled_from(["linear", "norm", "relu"]).map(lambda kind: (kind,)),
+    st.tuples(st.just("dropout"), rates, st.sampled_from([(), (0,), (-1,)]), st.sampled_from(["dropout", "noise"])),
+)
+models = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map(lambda layers: ("mixed", *layers)),
+        inner.map(lambda layer: ("residual", layer)),
+        inner.map(lambda layer: ("twice", layer)),
+    ),
+    max_leaves=6,
+)
+
+
+class Model(linen.Module):
+    """Layers in the order of a specification, with Flax's dropout or ours."""
+
+    spec: tuple
+    family: str = "flax"
+
+    @linen.compact
+    def __call__(self, x):
+        kind, *args = self.spec
+        inner = [Model(spec, self.family) for spec in args if kind in ("mixed", "residual", "twice")]
+        dropout = pyreg.linen.Dropout if self.family == "pyreg" else linen.Dropout
+        match kind:
+            case "linear":
+                x = linen.Dense(WIDTH)(x)
+            case "norm":
+                x = linen.LayerNorm()(x)
+            case "relu":
+                x = jax.nn.relu(x)
+            case "dropout":
+                x = dropout(args[0], args[1], rng_collection=args[2])(x, deterministic=False)
+            case "residual":  # apart: else XLA may fuse Flax's product with the sum, and round once
+                x = x + apart(inner[0](x))
+            case "twice":
+                x = inner[0](inner[0](x))
+            case "mixed":
+                x = linen.Sequential(inner)(x)
+        return x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def derivative(model, params, x, rngs):
+    def loss(params, x):
+        y = model.apply(params, x, rngs=rngs)
+        return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), y
+
+    (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    return y, grads
+
+
+@pytest.fixture(scope="module")
+def quick_compilation_of_module():
+    """As quick_compilation, for hypothesis."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@settings(max_examples=12)
+@given(models, st.integers(0, 9))
+def test_random_models(quick_compilation_of_module, spec, seed):
+    theirs, ours = Model(spec), Model(spec, "pyreg")
+    x = jnp.asarray(normal((3, WIDTH), np.float32, seed))
+    params = theirs.init(RNGS, x)
+    assert_same(ours.init(RNGS, x), params)
+    for i in range(2):
+        rngs = {name: jax.random.fold_in(key, i) for name, key in RNGS.items()}
+        assert_same(derivative(ours, params, x, rngs), derivative(theirs, params, x, rngs))
+
+
+def test_training():
+    """Fifty steps give the same parameters, bit for bit."""
+    drop = ("dropout", 0.2, (), "dropout")
+    spec = ("mixed", ("linear",), ("relu",), drop, ("mixed", ("linear",), drop), ("linear",))
+    data = normal((50, 8, WIDTH), np.float32)
+
+    def train(model):
+        params = model.init(RNGS, data[0])
+
+        @jax.jit
+        def step(params, batch, key):
+            grads = jax.grad(lambda p: ((model.apply(p, batch, rngs={"dropout": key}) - batch[::-1]) ** 2).mean())(
+                params
+            )
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+        for i, batch in enumerate(data):
+            params = step(params, batch, jax.random.key(i))
+        return params
+
+    assert_same(train(Model(spec, "pyreg")), train(Model(spec)))
+
+
+class Block(linen.Module):
+    """Two dropouts as a linen model has them, for transforms of modules."""
+
+    family: str
+    static: bool = False
+
+    def setup(self):
+        kind = pyreg.linen.Dropout if self.family == "pyreg" else linen.Dropout
+        self.first, self.second = kind(HALF), kind(0.75, rng_collection="noise")
+
+    def __call__(self, x, deterministic=False):
+        return self.second(self.first(x, deterministic), deterministic)
+
+    def carried(self, x, _):
+        return self(x), x
+
+
+def lifted(family, transform, *args, method="__call__", **apply):
+    model = transform(Block)(family)
+    return model.apply({}, *args, rngs=RNGS, method=method, **apply)
+
+
+STREAMS = {"dropout": True, "noise": False}
+PROGRAMS = {
+    "apply": lambda f, x: lifted(f, lambda b: b, x),
+    "jit of apply": lambda f, x: jax.jit(lambda x: lifted(f, lambda b: b, x))(x),
+    "jit": lambda f, x: lifted(f, linen.jit, x),
+    "vmap": lambda f, x: lifted(f, lambda b: linen.vmap(b, split_rngs=STREAMS, variable_axes={}), x),
+    "scan": lambda f, x: lifted(
+        f,
+        lambda b: linen.scan(b, split_rngs=STREAMS, variable_axes={}, length=3, methods=["carried"]),
+        x,
+        None,
+        method="carried",
+    ),
+    "remat": lambda f, x: jax.grad(
+        lambda x: (lifted(f, lambda b: linen.remat(b, static_argnums=2), x, False) ** 2).sum()
+    )(x),
+    "grad": lambda f, x: jax.grad(lambda x: (lifted(f, lambda b: b, x) ** 2).sum())(x),
+    "bind": lambda f, x: Block(f).bind({}, rngs=RNGS)(x),
+    "clone and copy": lambda f, x: Block(f).clone(static=True).copy(name="a").apply({}, x, rngs=RNGS),
+    "deterministic": lambda f, x: lifted(f, lambda b: b, x, True),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(quick_compilation, name):
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (4, 6)).astype(np.float32))
+    assert_same(PROGRAMS[name]("pyreg", x), PROGRAMS[name]("flax", x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_is_one_call(training):
+    """For interceptors, captured intermediates and summaries."""
+    x = jnp.ones((4, 5))
+
+    def run(family):
+        calls = []
+
+        def intercept(next_function, args, kwargs, context):
+            calls.append(f"{type(context.module).__name__}.{context.method_name}")
+            return next_function(*args, **kwargs)
+
+        drop = family.Dropout(HALF, deterministic=not training)
+        norm = family.BatchNorm(use_running_average=not training)
+        both = linen.Sequential([drop, norm])
+        with linen.intercept_methods(intercept):
+            variables = both.init(RNGS, x)
+            _, seen = both.apply(
+                variables, x, rngs=RNGS, capture_intermediates=True, mutable=["intermediates", "batch_stats"]
+            )
+        return calls, jax.tree.map(jnp.shape, seen["intermediates"])
+
+    theirs, ours = (run(family) for family in FAMILIES)
+    assert ours == theirs
+    assert "BatchNorm.__call__" in ours[0]
+
+
+def test_summary():
+    x = jnp.ones((4, 5))
+    models = [linen.Sequential([f.Dropout(HALF, deterministic=True), f.BatchNorm(True)]) for f in FAMILIES]
+    theirs, ours = (model.tabulate(RNGS, x, console_kwargs={"width": 120}) for model in models)
+    assert ours == theirs
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def operands(batch=(2,), dtype=jnp.float32):
+    shapes = [(*batch, 5, 4, 6), (*batch, 7, 4, 6), (*batch, 7, 4, 3)]
+    return [jnp.asarray(normal(shape, np.float32, i), dtype) for i, shape in enumerate(shapes)]
+
+
+def einsum(dims, *args):
+    return jnp.einsum(dims, *args) * 2
+
+
+BIAS, MASK = normal((2, 4, 5, 7), np.float32, 9), np.random.default_rng(0).random((2, 4, 5, 7)) < 0.7
+OWN = {"qk_attn_weights_einsum": einsum, "attn_weights_value_einsum": einsum}
+ATTENTION = {  # options, and how the operands look
+    "plain": ({}, {}),
+    "float16": ({}, {"dtype": jnp.float16}),
+    "bfloat16": ({}, {"dtype": jnp.bfloat16}),
+    "to bfloat16": ({"dtype": jnp.bfloat16}, {}),
+    "from float16": ({"dtype": jnp.float32}, {"dtype": jnp.float16}),
+    "bias and mask": ({"bias": BIAS, "mask": MASK}, {}),
+    "precision": ({"precision": "highest"}, {}),
+    "no batch": ({}, {"batch": ()}),
+    "two batch dims": ({}, {"batch": (2, 3)}),
+    "wide softmax, float16": ({"force_fp32_for_softmax": True}, {"dtype": jnp.float16}),
+    "wide softmax, bfloat16": ({"force_fp32_for_softmax": True}, {"dtype": jnp.bfloat16}),
+    "wide softmax": ({"force_fp32_for_softmax": True}, {}),
+    "own einsums": (OWN, {}),
+    "own einsums, bfloat16": (OWN, {"dtype": jnp.bfloat16}),
+    "own dot_general": ({"einsum_dot_general": jax.lax.dot_general}, {}),
+}
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(quick_compilation, name, broadcast):
+    options, shape = ATTENTION[name]
+    options = {**options, "dropout_rng": jax.random.key(3), "broadcast_dropout": broadcast}
+    rate = 0.1 if broadcast else 0.3
+    assert_alike(lambda f: f.dot_product_attention(*operands(**shape), dropout_rate=rate, **options))
+
+
+@pytest.mark.parametrize("name", ["plain", "bfloat16", "wide softmax, float16", "own einsums"])
+def test_gradient_of_attention(quick_compilation, name):
+    """The gradient of a dropped element may be 0 here and -0 there, which adding 0 makes the same."""
+    options, shape = ATTENTION[name]
+    options = {**options, "dropout_rng": jax.random.key(3), "dropout_rate": 0.3, "broadcast_dropout": False}
+
+    def run(family):
+        y, vjp = jax.vjp(functools.partial(family.dot_product_attention, **options), *operands(**shape))
+        return [dx + 0 for dx in vjp(y)]
+
+    assert_alike(run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": jnp.bfloat16, "broadcast_dropout": False},
+        {"dtype": jnp.float16, "force_fp32_for_softmax": True},
+        {"qk_attn_weights_einsum_cls": lambda: einsum, "attn_weights_value_einsum_cls": lambda: einsum},
+        {"decode": True},
+    ],
+    ids=lambda o: ", ".join(o),
+)
+def test_attention_layer(quick_compilation, options):
+    x = jnp.asarray(normal((3, 5, 4), np.float32))
+
+    def run(family):
+        layer = linen.MultiHeadDotProductAttention(
+            2, dropout_rate=0.5, deterministic=False, attention_fn=family.dot_product_attention, **options
+        )
+        variables = layer.init(RNGS, x)
+        inputs = x[:, :1] if "decode" in options else x
+        y = layer.apply(variables, inputs, rngs=RNGS, sow_weights=True, mutable=["intermediates", "cache"])
+        return y, layer.clone(deterministic=True).apply(variables, inputs, mutable=["cache"])
+
+    assert_alike(run)
+
+
+Q, K, V = operands()
+ONE = {"dropout_rate": 0.5, "dropout_rng": KEY}
+WRONG = {
+    "no key": lambda f: f(Q, K, V, dropout_rate=0.5),
+    "rate 1": lambda f: f(Q, K, V, dropout_rate=1.0, dropout_rng=KEY),
+    "rate 0": lambda f: f(Q, K, V, dropout_rate=0.0, dropout_rng=KEY),
+    "deterministic": lambda f: f(Q, K, V, **ONE, deterministic=True),
+    "batch dims of v": lambda f: f(Q, K, V[:1], **ONE),
+    "rank of v": lambda f: f(Q, K, V[0], **ONE),
+    "length of v": lambda f: f(Q, K, V[:, :1], **ONE),
+    "heads of v": lambda f: f(Q, K, V[:, :, :1], **ONE),
+    "depth of k": lambda f: f(Q, K[..., :3], V, **ONE),
+    "one einsum": lambda f: f(Q, K, V, **ONE, qk_attn_weights_einsum=einsum),
+    "the other einsum": lambda f: f(Q, K, V, **ONE, attn_weights_value_einsum=einsum),
+    "precision and einsums": lambda f: f(Q, K, V, **ONE, **OWN, precision="highest"),
+    "dot_general and einsums": lambda f: f(Q, K, V, **ONE, **OWN, einsum_dot_general=jax.lax.dot_general),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_attention_complains_as_flax_does(quick_compilation, name):
+    assert_alike_or_wrong(lambda family: WRONG[name](family.dot_product_attention))
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_attention_with_philox(quick_compilation, broadcast):
+    rate, key = 0.3, jax.random.key(5)
+    y = pyreg.linen.dot_product_attention(
+        Q, K, V, dropout_rng=key, dropout_rate=rate, broadcast_dropout=broadcast, impl="philox"
+    )
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", Q, K) / np.sqrt(6))
+    shape = (1, 1, 5, 7) if broadcast else weights.shape
+    multiplier = pyreg.jax.dropout(jnp.ones(shape), rate, key=key, impl="philox")
+    np.testing.assert_allclose(y, jnp.einsum("bhqk,bkhd->bqhd", weights * multiplier, V), rtol=1e-4, atol=1e-6)
