@@ -392,7 +392,12 @@ def dot_product_attention(
         "promote_dtype": promote_dtype,
         "is_causal": is_causal,
     }
-    if deterministic or dropout_rng is None or check_rate(dropout_rate) in (0, 1):
+    if (
+        deterministic
+        or dropout_rng is None
+        or check_rate(dropout_rate) in (0, 1)
+        or not _fit(*map(jnp.shape, (query, key, value)))
+    ):
         return nnx.dot_product_attention(
             query,
             key,
@@ -405,8 +410,13 @@ def dot_product_attention(
         )
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     weights = attention.dot_product_attention_weights(query, key, deterministic=True, dtype=query.dtype, **rest)
-    weights = drop_weights(weights, value.dtype, dropout_rate, dropout_rng, broadcast_dropout, impl)
+    weights = drop_weights(weights, query.dtype, dropout_rate, dropout_rng, broadcast_dropout, impl)
     return _weighted_sum(weights, value, functools.partial(jnp.einsum, precision=precision))
+
+
+def _fit(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> bool:
+    """Whether Flax takes a value of this shape.  Whether it takes the key, its own code says."""
+    return query[:-3] == value[:-3] and key[:-2] == value[:-2] and query[-2] % value[-2] == 0
 
 
 def _weighted_sum(weights: jax.Array, value: jax.Array, einsum: Callable[..., jax.Array]) -> jax.Array:
@@ -414,8 +424,6 @@ def _weighted_sum(weights: jax.Array, value: jax.Array, einsum: Callable[..., ja
     heads, value_heads = weights.shape[-3], value.shape[-2]
     if heads == value_heads:
         return einsum("...hqk,...khd->...qhd", weights, value)
-    if heads % value_heads:
-        raise ValueError(f"query has {heads} heads; wanted a multiple of value's, {value_heads}")
     weights = weights.reshape(*weights.shape[:-3], value_heads, heads // value_heads, *weights.shape[-2:])
     y = einsum("...hgqk,...khd->...qhgd", weights, value)
     return y.reshape(*y.shape[:-3], heads, y.shape[-1])
@@ -460,10 +468,8 @@ def convert(model: Model, *, impl: Impl = "auto") -> Model:
             _become(node, BatchNorm).activation = None
         if type(node) in (nnx.Dropout, Dropout):
             _become(node, Dropout).impl = impl
-        if isinstance(node, nnx.MultiHeadAttention) and _is_either(node.attention_fn):
-            node.attention_fn = (
-                dot_product_attention if impl == "auto" else functools.partial(dot_product_attention, impl=impl)
-            )
+        if isinstance(node, nnx.MultiHeadAttention):
+            node.attention_fn = _attention(node.attention_fn, _ATTENTION[impl])
     return model
 
 
@@ -494,8 +500,8 @@ def revert(model: Model) -> Model:
         if type(node) is Dropout:
             del node.impl
             _become(node, nnx.Dropout)
-        if isinstance(node, nnx.MultiHeadAttention) and _is_either(node.attention_fn):
-            node.attention_fn = nnx.dot_product_attention
+        if isinstance(node, nnx.MultiHeadAttention):
+            node.attention_fn = _attention(node.attention_fn, nnx.dot_product_attention)
     return model
 
 
@@ -509,6 +515,19 @@ def _nodes(model: Any) -> list[Any]:
     return [node for _, node in nnx.iter_graph(model)]
 
 
-def _is_either(function: Any) -> bool:
-    """Whether it is Flax's attention function or ours."""
-    return getattr(function, "func", function) in (nnx.dot_product_attention, dot_product_attention)
+def _philox_attention(*args: Any, **options: Any) -> jax.Array:
+    return dot_product_attention(*args, impl="philox", **options)
+
+
+_ATTENTION = {"auto": dot_product_attention, "philox": _philox_attention}  # functions: copies of a model share them
+
+
+def _attention(function: Any, wanted: Callable[..., Any]) -> Any:
+    """`wanted` for Flax's attention function or ours, with what a partial binds; another function as it is."""
+    base = function.func if isinstance(function, functools.partial) else function
+    if base not in (nnx.dot_product_attention, *_ATTENTION.values()):
+        return function
+    if base is function:
+        return wanted
+    bound = {name: value for name, value in function.keywords.items() if name != "impl"}
+    return functools.partial(wanted, *function.args, **bound) if function.args or bound else wanted

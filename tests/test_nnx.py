@@ -1,0 +1,712 @@
+"""pyreg.nnx against Flax's nnx: layers, attention, and whole models that are converted and reverted."""
+
+import copy
+import functools
+import inspect
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from common import normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxcommon import assert_same, jax, nnx
+
+import pyreg.jax
+import pyreg.nnx
+
+jnp = jax.numpy
+FAMILIES = (nnx, pyreg.nnx)
+HALF = 0.5  # whose scale is exact, so that it is the same if XLA divides, as it may outside jit
+
+
+def raw(tree):
+    """A tree of arrays, with the words of its keys."""
+    words = jax.random.key_data
+    return jax.tree.map(lambda a: words(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a, tree)
+
+
+def state(model):
+    """With the types and metadata of all variables, which are part of the tree's structure."""
+    return raw(nnx.state(model))
+
+
+def outcome(f, *args):
+    """What a function returns, or its error."""
+    try:
+        return f(*args)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def failed(result):
+    return isinstance(result, tuple) and isinstance(result[0], type)
+
+
+def assert_alike(f):
+    """A function of nnx or pyreg.nnx returns the same."""
+    assert_same(f(pyreg.nnx), f(nnx))
+
+
+def assert_alike_or_wrong(f):
+    """A function of nnx or pyreg.nnx returns the same, or complains the same."""
+    theirs, ours = (outcome(f, module) for module in FAMILIES)
+    if failed(theirs) or failed(ours):
+        assert ours == theirs
+    else:
+        assert_same(ours, theirs)
+
+
+def pair(make):
+    """Flax's model, and the same one converted."""
+    return make(), pyreg.nnx.convert(make())
+
+
+# ---- Dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Dropout", "BatchNorm"])
+def test_signatures(name):
+    theirs, ours = (getattr(family, name) for family in FAMILIES)
+    assert issubclass(ours, theirs)
+    for method in ("__init__", "__call__", "set_view"):
+        want, got = (dict(inspect.signature(getattr(layer, method)).parameters) for layer in (theirs, ours))
+        options = got.pop("options", None)  # BatchNorm's go to Flax
+        extra = set(got) - set(want)
+        assert extra <= {"impl", "activation"}
+        for key, parameter in want.items():
+            assert (key in got) or options
+            if key in got:
+                assert (got[key].kind, got[key].default) == (parameter.kind, parameter.default)
+
+
+def test_signature_of_attention():
+    want, got = (inspect.signature(family.dot_product_attention).parameters for family in FAMILIES)
+    assert list(got) == [*want, "impl"]
+    assert [p.default for p in got.values()][:-1] == [p.default for p in want.values()]
+
+
+@pytest.mark.parametrize("at_call", [None, False, True])
+@pytest.mark.parametrize("at_construction", [None, False, True])
+def test_deterministic(at_construction, at_call):
+    def run(family):
+        layer = family.Dropout(HALF, deterministic=at_construction, rngs=nnx.Rngs(0))
+        return layer(jnp.ones((4, 5)), deterministic=at_call), state(layer)
+
+    assert_alike_or_wrong(run)
+
+
+def test_train_and_eval_and_views():
+    def run(family):
+        layer, x = family.Dropout(HALF, rngs=nnx.Rngs(0)), jnp.ones((4, 5))
+        results = [layer(x)]
+        layer.eval()
+        results.append(layer(x))
+        view = nnx.view(layer, deterministic=False)
+        results += [view(x), layer(x), layer.rngs.count[...]]
+        assert type(view) is family.Dropout
+        layer.train()
+        layer.set_view(deterministic=None)
+        return [*results, layer(x), state(layer)]
+
+    assert_alike(run)
+
+
+SOURCES = {
+    "none": lambda: None,
+    "rngs": lambda: nnx.Rngs(3),
+    "rngs of this stream": lambda: nnx.Rngs(params=1, noise=2),
+    "rngs without it": lambda: nnx.Rngs(params=1),
+    "stream": lambda: nnx.Rngs(5).noise,
+    "key": lambda: jax.random.key(6),
+    "legacy key": lambda: jax.random.PRNGKey(7),
+    "rbg key": lambda: jax.random.key(6, impl="rbg"),
+    "words": lambda: np.zeros(2, np.uint32),
+    "int": lambda: 8,
+}
+
+
+@pytest.mark.parametrize("at_call", SOURCES)
+@pytest.mark.parametrize("at_construction", ["none", "rngs", "rngs of this stream", "rngs without it", "stream", "int"])
+def test_rngs(at_construction, at_call):
+    """Which stream is drawn from, and how often."""
+
+    def run(family):
+        given, called = SOURCES[at_construction](), SOURCES[at_call]()
+        layer = family.Dropout(HALF, rng_collection="noise", rngs=given)
+        results = [layer(jnp.ones((4, 5)), rngs=called) for _ in range(2)]
+        return results, state(layer), [state(s) for s in (given, called) if isinstance(s, (nnx.Rngs, nnx.RngStream))]
+
+    assert_alike_or_wrong(run)
+
+
+INPUTS = {
+    "float16": jnp.ones((4, 5), jnp.float16),
+    "bfloat16": jnp.ones((4, 5), jnp.bfloat16),
+    "integers": jnp.ones((4, 5), jnp.int32),
+    "complex": jnp.ones((4, 5), jnp.complex64),
+    "float8": jnp.ones((4, 5), jnp.float8_e4m3fn),
+    "NumPy": np.ones((4, 5), np.float32),
+    "NumPy, float64": np.ones((4, 5)),
+    "NumPy, read only": np.broadcast_to(np.float32(1), (4, 5)),
+    "weak": jnp.full((4, 5), 1.0),
+    "scalar": jnp.float32(1),
+    "empty": jnp.ones((4, 0, 5)),
+    "a number": 1.0,
+    "a list": [1.0],
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("rate", [HALF, 0.0, 1.0])
+def test_inputs(name, rate):
+    x = INPUTS[name]
+
+    def run(family):
+        return family.Dropout(rate)(x, rngs=jax.random.key(1))
+
+    assert_alike_or_wrong(run)
+    if isinstance(x, jax.Array) and not failed(outcome(run, nnx)):
+        assert run(pyreg.nnx).weak_type == run(nnx).weak_type
+
+
+def test_wide_inputs(x64):
+    for x in (np.ones((4, 5)), jnp.ones((4, 5)), jnp.ones((4, 5), jnp.float32)):
+        assert_alike(lambda family, x=x: family.Dropout(HALF)(x, rngs=jax.random.key(1)))
+
+
+RATES = [0, 1, True, np.float32(0.5), np.float64(0.5), jnp.float32(0.5), np.float16(0.5), "a", None]
+
+
+@pytest.mark.parametrize("rate", RATES, ids=repr)
+def test_rates(rate):
+    assert_alike_or_wrong(lambda family: family.Dropout(rate)(jnp.ones((4, 5)), rngs=jax.random.key(1)))
+
+
+@pytest.mark.parametrize("rate", [1.5, -0.5, float("nan")])
+def test_rates_that_flax_takes(rate):
+    x, key = jnp.ones((4, 5)), jax.random.key(0)
+    for call in (
+        lambda: pyreg.nnx.Dropout(rate)(x, rngs=key),
+        lambda: pyreg.nnx.dot_product_attention(x[None], x[None], x[None], dropout_rng=key, dropout_rate=rate),
+    ):
+        with pytest.raises(ValueError, match=r"rate is .*; wanted a probability .* in \[0, 1\] \(Flax does not check"):
+            call()
+    assert pyreg.nnx.Dropout(rate)(x, deterministic=True) is x
+
+
+@pytest.mark.parametrize("dims", [(0,), (-1,), (0, 2), (1, -2), [0, 1, 2]])
+def test_broadcast_dims(dims):
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    assert_alike(lambda family: family.Dropout(HALF, broadcast_dims=dims)(x, rngs=jax.random.key(1)))
+
+
+def test_options_are_checked():
+    for call in (
+        lambda: pyreg.nnx.Dropout(0.5, impl="threefry"),
+        lambda: pyreg.nnx.convert(nnx.Dropout(0.5), impl="threefry"),
+    ):
+        with pytest.raises(ValueError, match="impl is 'threefry'; wanted 'auto' or 'philox'"):
+            call()
+    with pytest.raises(ValueError, match="activation is 'gelu'; wanted None or 'relu'"):
+        pyreg.nnx.BatchNorm(3, activation="gelu", rngs=nnx.Rngs(0))
+
+
+def test_philox():
+    """The mask is that of pyreg.jax.dropout for the key that the stream gives."""
+    x, rngs = jnp.ones((20, 5)), nnx.Rngs(0)
+    layers = [
+        pyreg.nnx.Dropout(0.3, broadcast_dims=(0,), rngs=rngs, impl="philox"),
+        pyreg.nnx.convert(nnx.Dropout(0.3, broadcast_dims=(0,), rngs=nnx.Rngs(0)), impl="philox"),
+    ]
+    key = nnx.Rngs(0).dropout.fork()()
+    for layer in layers:
+        want = pyreg.jax.dropout(x, 0.3, key=key, broadcast_dims=(0,), impl="philox")
+        assert_same(layer(x), want)
+        assert (layer(x) != want).any()
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+class Residual(nnx.Module):
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x):
+        return x + apart(self.inner(x))  # else XLA may fuse Flax's product with the sum, and round once
+
+
+class Twice(nnx.Module):
+    """A layer that the model has in two places."""
+
+    def __init__(self, layer):
+        self.first = nnx.Dict(again=layer)
+        self.second = layer
+
+    def __call__(self, x):
+        return self.second(self.first["again"](x))
+
+
+class Mixed(nnx.Module):
+    """Layers in a list, with other things that a model has."""
+
+    def __init__(self, layers):
+        self.layers = nnx.List(layers)
+        self.width, self.calls = 3, nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+apart = jax.lax.optimization_barrier
+WIDTH = 6
+rates = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.8, 1.0])
+leaves = st.one_of(
+    st.sampled_from(["linear", "norm", "relu"]).map(lambda kind: (kind,)),
+    st.tuples(
+        st.just("dropout"), rates, st.sampled_from([(), (0,), (-1,)]), st.sampled_from(["dropout", "noise", "params"])
+    ),
+)
+models = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map(lambda layers: ("mixed", *layers)),
+        inner.map(lambda layer: ("residual", layer)),
+        inner.map(lambda layer: ("twice", layer)),
+    ),
+    max_leaves=6,
+)
+
+
+def build(model, rngs):
+    kind, *args = model
+    match kind:
+        case "linear":
+            return nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        case "norm":
+            return nnx.LayerNorm(WIDTH, rngs=rngs)
+        case "relu":
+            return jax.nn.relu
+        case "dropout":
+            return nnx.Dropout(args[0], broadcast_dims=args[1], rng_collection=args[2], rngs=rngs)
+        case "residual":
+            return Residual(build(args[0], rngs))
+        case "twice":
+            return Twice(build(args[0], rngs))
+        case "mixed":
+            return Mixed([build(layer, rngs) for layer in args])
+    raise AssertionError(kind)
+
+
+@nnx.jit
+def derivative(model, x):
+    """Output, gradients by the parameters and by the input, and the state that is left."""
+
+    def loss(model, x):
+        y = model(x)
+        return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), y
+
+    (_, y), grads = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(model, x)
+    return y, grads
+
+
+@settings(max_examples=15)
+@given(models, st.integers(0, 9))
+def test_random_models(quick_compilation_of_module, model, seed):
+    theirs, ours = pair(lambda: Mixed([build(model, nnx.Rngs(seed, noise=seed + 1))]))
+    x = jnp.asarray(normal((3, WIDTH), np.float32, seed))
+    want, got = ([derivative(m, x), derivative(m, x + 1)] for m in (theirs, ours))
+    assert_same(raw(got), raw(want))
+    assert_same(state(ours), state(theirs))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation_of_module():
+    """As quick_compilation, for hypothesis."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def mlp(rate=0.2, seed=0):
+    rngs = nnx.Rngs(seed)
+    return nnx.Sequential(
+        nnx.Linear(4, 16, rngs=rngs),
+        jax.nn.relu,
+        nnx.Dropout(rate, rngs=rngs),
+        nnx.Linear(16, 16, rngs=rngs),
+        nnx.Dropout(rate, broadcast_dims=(0,), rngs=rngs),
+        nnx.Linear(16, 1, rngs=rngs),
+    )
+
+
+def test_training():
+    """Fifty steps give the same parameters, bit for bit."""
+
+    @nnx.jit
+    def step(model, x, y):
+        loss, grads = nnx.value_and_grad(lambda model: ((model(x) - y) ** 2).mean())(model)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), grads))
+        return loss
+
+    theirs, ours = pair(mlp)
+    x = normal((50, 8, 4), np.float32)
+    for batch in x:
+        assert_same(step(ours, batch, batch[:, :1]), step(theirs, batch, batch[:, :1]))
+    assert_same(state(ours), state(theirs))
+    assert (state(mlp())["layers"][0]["kernel"][...] != ours.layers[0].kernel[...]).any()
+
+
+def model_of(x):
+    """A model for the transforms, whose sums are exact."""
+    rngs = nnx.Rngs(0, noise=1)
+    return Mixed([nnx.Dropout(HALF, rngs=rngs), Twice(nnx.Dropout(0.75, rng_collection="noise", rngs=rngs))])
+
+
+def split_and_merge(model, x):
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def call(params, rest, x):
+        model = nnx.merge(graph, params, rest)
+        return model(x), nnx.state(model)
+
+    y, new = call(params, rest, x)
+    nnx.update(model, new)
+    return y
+
+
+def vmap_over_streams(model, x):
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(in_axes=(nnx.StateAxes({nnx.RngState: 0, ...: None}), 0))
+    def call(model, x):
+        return model.layers[0](x)
+
+    return call(model, x)
+
+
+def scan_over_streams(model, x):
+    @nnx.split_rngs(splits=3)
+    @nnx.scan(in_axes=(nnx.StateAxes({nnx.RngState: 0, ...: None}), nnx.Carry), out_axes=nnx.Carry)
+    def call(model, x):
+        return model.layers[0](x)
+
+    return call(model, x)
+
+
+def scan_with_carry(model, x):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def call(model, x):
+        return model, model(x)
+
+    return call(model, x)[1]
+
+
+def copied(make):
+    def run(model, x):
+        other = make(model)
+        y = other(x)
+        assert type(other.layers[0]) is type(model.layers[0])
+        return y, state(other)
+
+    return run
+
+
+PROGRAMS = {
+    "jit": lambda m, x: nnx.jit(lambda m, x: m(x))(m, x),
+    "jit of a pytree": lambda m, x: [jax.jit(lambda m, x: (m(x), m))(m, x)[0]],
+    "split and merge": split_and_merge,
+    "vmap": vmap_over_streams,
+    "vmap of a view": lambda m, x: jax.vmap(nnx.view(m.layers[0], deterministic=True))(x),
+    "scan": scan_over_streams,
+    "scan, carried": scan_with_carry,
+    "remat": lambda m, x: nnx.grad(lambda m, x: (nnx.remat(lambda m, x: m(x))(m, x) ** 2).sum(), argnums=1)(m, x),
+    "grad": lambda m, x: nnx.grad(lambda m, x: (m(x) ** 2).sum(), argnums=1)(m, x),
+    "value_and_grad": lambda m, x: nnx.value_and_grad(lambda m, x: (m(x) ** 2).sum(), argnums=1)(m, x),
+    "cond": lambda m, x: nnx.cond(True, lambda m, x: m(x), lambda m, x: x, m, x),
+    "view": lambda m, x: (nnx.view(m, deterministic=True)(x), nnx.view(m, deterministic=False)(x)),
+    "clone": copied(nnx.clone),
+    "deepcopy": copied(copy.deepcopy),
+    "pickle": copied(lambda m: pickle.loads(pickle.dumps(m))),
+    "reseed": lambda m, x: (nnx.reseed(m, dropout=7, noise=8), m(x))[1],
+    "eval_shape": lambda m, x: jnp.zeros(nnx.eval_shape(lambda m: m(x), m).shape),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(quick_compilation, name):
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (4, 6)).astype(np.float32))
+    theirs, ours = pair(lambda: model_of(x))
+    assert_same(PROGRAMS[name](ours, x), PROGRAMS[name](theirs, x))
+    assert_same(state(ours), state(theirs))
+
+
+# ---- Convert and revert ----------------------------------------------------------------------------------------------
+
+
+class Scaled(nnx.Dropout):
+    """A user's own."""
+
+    def __call__(self, x, **options):
+        return super().__call__(x, **options) * 2
+
+
+def attention(q, k, v, **options):
+    """A user's own."""
+    return nnx.dot_product_attention(q, k, v, **options)
+
+
+def everything():
+    rngs = nnx.Rngs(0)
+    shared = nnx.Dropout(0.1, rngs=rngs)
+    own = Scaled(0.3, rngs=rngs)
+    heads = functools.partial(nnx.MultiHeadAttention, 2, 4, dropout_rate=0.5, decode=False, rngs=rngs)
+    bound = functools.partial(nnx.dot_product_attention, precision="highest")
+    return Mixed(
+        [
+            shared,
+            nnx.Dict(a=shared, b=nnx.BatchNorm(3, rngs=rngs, use_bias=False, momentum=0.5)),
+            own,
+            Twice(nnx.Sequential(nnx.Dropout(0.2, deterministic=True), nnx.BatchNorm(3, rngs=rngs))),
+            heads(),
+            heads(attention_fn=bound),
+            heads(attention_fn=attention),
+        ]
+    )
+
+
+def objects(model):
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, (nnx.Module, nnx.Variable))]
+
+
+@pytest.mark.parametrize("impl", ["auto", "philox"])
+def test_convert_and_revert(impl):
+    model = everything()
+    before, graph = state(model), nnx.graphdef(model)
+    nodes, code = objects(model), hash(graph)
+    settings = [dict(vars(n)) for n in nodes]
+    bound = model.layers[5].attention_fn
+    assert pyreg.nnx.convert(model, impl=impl) is model
+    converted = nnx.graphdef(model)
+    for _ in range(2):
+        shared, group, own, twice, plain, partial, other = model.layers
+        assert type(shared) is type(twice.first["again"].layers[0]) is pyreg.nnx.Dropout
+        assert type(group["b"]) is type(twice.second.layers[1]) is pyreg.nnx.BatchNorm
+        assert type(own) is Scaled
+        assert not hasattr(own, "impl")
+        assert shared is group["a"]
+        assert shared.impl == impl
+        assert group["b"].activation is None
+        assert plain.attention_fn is pyreg.nnx._ATTENTION[impl]
+        assert partial.attention_fn.func is plain.attention_fn
+        assert partial.attention_fn.keywords == {"precision": "highest"}
+        assert other.attention_fn is attention
+        assert all(a is b for a, b in zip(objects(model), nodes, strict=True))
+        assert_same(state(model), before)
+        assert graph != converted
+        pyreg.nnx.convert(model, impl=impl)  # once more changes nothing
+    assert pyreg.nnx.revert(model) is model
+    assert model.layers[5].attention_fn.func is nnx.dot_product_attention
+    assert model.layers[5].attention_fn.keywords == {"precision": "highest"}
+    model.layers[5].attention_fn = bound  # partials are never equal
+    assert nnx.graphdef(model) == graph
+    assert hash(nnx.graphdef(model)) == code
+    assert all(a is b for a, b in zip(objects(model), nodes, strict=True))
+    assert [dict(vars(n)) for n in nodes] == settings
+    assert_same(state(model), before)
+    pyreg.nnx.revert(model)  # of Flax's model changes nothing
+    assert type(model.layers[0]) is nnx.Dropout
+
+
+@pytest.mark.parametrize("impl", ["auto", "philox"])
+def test_converted_models_are_equal(impl):
+    """So that jit compiles once for two of them, and for a copy."""
+    heads = functools.partial(nnx.MultiHeadAttention, 2, 4, dropout_rate=0.5, decode=False)
+    a, b = (pyreg.nnx.convert(heads(rngs=nnx.Rngs(seed)), impl=impl) for seed in range(2))
+    for other in (b, copy.deepcopy(a), pickle.loads(pickle.dumps(a)), nnx.clone(a)):
+        assert nnx.graphdef(other) == nnx.graphdef(a)
+
+
+def test_convert_to_the_other_mask():
+    layer = pyreg.nnx.Dropout(0.5, impl="philox")
+    assert pyreg.nnx.convert(layer).impl == "auto"
+    heads = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    bound = functools.partial(pyreg.nnx.dot_product_attention, impl="philox")
+    heads.attention_fn = bound
+    assert pyreg.nnx.convert(heads).attention_fn is pyreg.nnx.dot_product_attention
+
+
+def test_convert_what_is_no_module():
+    layers = [nnx.Dropout(0.5), {"a": nnx.Dropout(0.1)}, (nnx.BatchNorm(2, rngs=nnx.Rngs(0)),)]
+    assert pyreg.nnx.convert(layers) is layers
+    assert type(layers[0]) is type(layers[1]["a"]) is pyreg.nnx.Dropout
+    assert type(layers[2][0]) is pyreg.nnx.BatchNorm
+    assert type(pyreg.nnx.convert(nnx.Dropout(0.5))) is pyreg.nnx.Dropout
+
+
+def test_activation_cannot_be_reverted():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        pyreg.nnx.Dropout(0.5), pyreg.nnx.BatchNorm(3, rngs=rngs), pyreg.nnx.BatchNorm(3, activation="relu", rngs=rngs)
+    )
+    with pytest.raises(ValueError, match="a BatchNorm has activation 'relu'; wanted None, as Flax's has none"):
+        pyreg.nnx.revert(model)
+    assert [type(layer).__module__ for layer in model.layers] == ["pyreg.nnx"] * 3
+    assert pyreg.nnx.convert(model).layers[2].activation == "relu"
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_state_is_flax_s():
+    """Parameters, statistics, streams, their types and metadata."""
+    options = {"scale_metadata": {"tag": 1}, "bias_metadata": {"eager_sharding": False}, "param_dtype": jnp.bfloat16}
+    theirs, ours = (family.BatchNorm(3, rngs=nnx.Rngs(0), **options) for family in FAMILIES)
+    assert_same(state(ours), state(theirs))
+    assert ours.scale.get_metadata() == theirs.scale.get_metadata()
+    assert ours.scale.tag == 1
+    theirs, ours = (family.Dropout(0.1, rngs=nnx.Rngs(3)) for family in FAMILIES)
+    assert_same(state(ours), state(theirs))
+
+
+def test_orbax(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        orbax = pytest.importorskip("orbax.checkpoint")
+        theirs, ours = everything(), pyreg.nnx.convert(everything())
+        for i, (source, target) in enumerate([(theirs, ours), (ours, theirs)]):
+            saved = jax.tree.map(lambda a, i=i: a + 1 + i if a.dtype == jnp.float32 else a, state(source))
+            with orbax.StandardCheckpointer() as checkpointer:
+                checkpointer.save(tmp_path / str(i), nnx.to_pure_dict(saved))
+                checkpointer.wait_until_finished()
+                restored = checkpointer.restore(tmp_path / str(i), nnx.to_pure_dict(state(target)))
+            params = nnx.state(target, (nnx.Param, nnx.BatchStat))
+            nnx.replace_by_pure_dict(params, pick(restored, nnx.to_pure_dict(params)))
+            nnx.update(target, params)
+            assert_same(nnx.to_pure_dict(state(target)), nnx.to_pure_dict(saved))
+
+
+def pick(tree, like):
+    """The part of a nest of dicts that another one has."""
+    return {k: pick(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in like.items()}
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def heads(q_heads=4, k_heads=4, v_heads=4, batch=(2,), dtype=jnp.float32):
+    shapes = [(*batch, 5, q_heads, 6), (*batch, 7, k_heads, 6), (*batch, 7, v_heads, 3)]
+    return [jnp.asarray(normal(shape, np.float32, i), dtype) for i, shape in enumerate(shapes)]
+
+
+BIAS, MASK = normal((2, 4, 5, 7), np.float32, 9), np.random.default_rng(0).random((2, 4, 5, 7)) < 0.7
+ATTENTION = {  # options, and how the operands look
+    "plain": ({}, {}),
+    "float16": ({}, {"dtype": jnp.float16}),
+    "bfloat16": ({}, {"dtype": jnp.bfloat16}),
+    "to bfloat16": ({"dtype": jnp.bfloat16}, {}),
+    "from float16": ({"dtype": jnp.float32}, {"dtype": jnp.float16}),
+    "bias and mask": ({"bias": BIAS, "mask": MASK}, {}),
+    "causal": ({"is_causal": True, "mask": MASK}, {}),
+    "causal alone": ({"is_causal": True}, {}),
+    "precision": ({"precision": "highest"}, {}),
+    "grouped": ({}, {"k_heads": 2, "v_heads": 2}),
+    "grouped values": ({}, {"v_heads": 1}),
+    "grouped keys": ({}, {"k_heads": 2}),
+    "no batch": ({}, {"batch": ()}),
+    "two batch dims": ({}, {"batch": (2, 3)}),
+}
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(quick_compilation, name, broadcast):
+    options, shape = ATTENTION[name]
+    operands = heads(**shape)
+    options = {**options, "dropout_rng": jax.random.key(3), "broadcast_dropout": broadcast}
+    rate = 0.1 if broadcast else 0.3
+    assert_alike(lambda family: family.dot_product_attention(*operands, dropout_rate=rate, **options))
+
+
+@pytest.mark.parametrize("name", ["plain", "float16", "bfloat16", "bias and mask", "grouped"])
+def test_gradient_of_attention(quick_compilation, name):
+    """The gradient of a dropped element may be 0 here and -0 there, which adding 0 makes the same."""
+    options, shape = ATTENTION[name]
+    options = {**options, "dropout_rng": jax.random.key(3), "dropout_rate": 0.3, "broadcast_dropout": False}
+
+    def run(family):
+        y, vjp = jax.vjp(functools.partial(family.dot_product_attention, **options), *heads(**shape))
+        return [dx + 0 for dx in vjp(y)]
+
+    assert_alike(run)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.filterwarnings("ignore:.*Module.sow:DeprecationWarning")
+def test_attention_layer(quick_compilation, dtype, broadcast):
+    """Also what it sows, and with a cache."""
+
+    def run(family):
+        layer = nnx.MultiHeadAttention(
+            2,
+            4,
+            dropout_rate=0.5,
+            broadcast_dropout=broadcast,
+            attention_fn=family.dot_product_attention,
+            dtype=dtype,
+            deterministic=False,
+            decode=False,
+            rngs=nnx.Rngs(0),
+        )
+        x = jnp.asarray(normal((3, 5, 4), np.float32))
+        results = [layer(x, sow_weights=True), layer(x, deterministic=True), layer(x, mask=np.tri(5) > 0)]
+        layer.init_cache((3, 5, 4), dtype=dtype)
+        results += [layer(x[:, i : i + 1], decode=True) for i in range(2)]
+        return results, state(layer)
+
+    assert_alike(run)
+
+
+Q, K, V = heads()
+WRONG = {
+    "no key": lambda f: f(Q, K, V, dropout_rate=0.5),
+    "rate 1": lambda f: f(Q, K, V, dropout_rate=1.0, dropout_rng=jax.random.key(0)),
+    "rate 0": lambda f: f(Q, K, K, dropout_rate=0.0, dropout_rng=jax.random.key(0)),
+    "deterministic": lambda f: f(Q, K, V, dropout_rate=0.5, dropout_rng=jax.random.key(0), deterministic=True),
+    "batch dims of v": lambda f: f(Q, K, V[:1], dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+    "rank of v": lambda f: f(Q, K, V[0], dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+    "length of v": lambda f: f(Q, K, V[:, :1], dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+    "heads of v": lambda f: f(Q, K, V[:, :, :3], dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+    "heads of k": lambda f: f(Q, K[:, :, :3], V, dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+    "depth of k": lambda f: f(Q, K[..., :3], V, dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+    "batch dims of k": lambda f: f(Q, K[:1], V[:1], dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+    "mask": lambda f: f(Q, K, V, mask=MASK[..., :2], dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_attention_complains_as_flax_does(name):
+    assert_alike_or_wrong(lambda family: WRONG[name](family.dot_product_attention))
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_attention_with_philox(broadcast):
+    rate, key = 0.3, jax.random.key(5)
+    y = pyreg.nnx.dot_product_attention(
+        Q, K, V, dropout_rng=key, dropout_rate=rate, broadcast_dropout=broadcast, impl="philox"
+    )
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", Q, K) / np.sqrt(6))
+    shape = (1, 1, 5, 7) if broadcast else weights.shape
+    multiplier = pyreg.jax.dropout(jnp.ones(shape), rate, key=key, impl="philox")
+    np.testing.assert_allclose(y, jnp.einsum("bhqk,bkhd->bqhd", weights * multiplier, V), rtol=1e-4, atol=1e-6)
+    model = pyreg.nnx.convert(
+        nnx.MultiHeadAttention(2, 4, dropout_rate=0.5, deterministic=False, decode=False, rngs=nnx.Rngs(0)),
+        impl="philox",
+    )
+    assert model(jnp.ones((3, 5, 4))).shape == (3, 5, 4)
