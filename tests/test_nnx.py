@@ -6,12 +6,15 @@ import inspect
 import pickle
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
+import reference
 from common import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxcommon import assert_same, jax, nnx
+from test_batchnorm import offset_normal
 
 import pyreg.jax
 import pyreg.nnx
@@ -710,3 +713,246 @@ def test_attention_with_philox(broadcast):
         impl="philox",
     )
     assert model(jnp.ones((3, 5, 4))).shape == (3, 5, 4)
+
+
+# ---- Batch-norm ------------------------------------------------------------------------------------------------------
+
+
+def errors(y, want):
+    """In units in the last place of the largest value."""
+    y, want = np.asarray(y, np.float64), np.asarray(want, np.float64)
+    return np.abs(y - want).max() / np.spacing(np.abs(want).max().astype(np.float32))
+
+
+def assert_good(theirs, ours, want, bound=4):
+    """Within 4 ulp of a float64 reference, and never further from it than Flax's by more than an ulp."""
+    assert errors(ours, want) <= min(bound, errors(theirs, want) + 1)
+
+
+def norm(family, x, options, channels=3, **call):
+    layer = family.BatchNorm(channels, rngs=nnx.Rngs(0), **{"momentum": 0.9, **options})
+    for name in ("scale", "bias"):
+        if getattr(layer, name) is not None:
+            values = normal(channels, np.float32, len(name)) + 2
+            getattr(layer, name)[...] = jnp.asarray(values, getattr(layer, name).dtype)
+    return layer(x, **call), layer
+
+
+OPTIONS = {
+    "plain": {},
+    "channels first": {"axis": 1},
+    "first axis": {"axis": 0},
+    "no scale": {"use_scale": False},
+    "no bias": {"use_bias": False},
+    "neither": {"use_bias": False, "use_scale": False},
+    "momentum and epsilon": {"momentum": 0.3, "epsilon": 0.1},
+    "slow variance": {"use_fast_variance": False},
+    "to float32": {"dtype": jnp.float32},
+}
+
+
+@pytest.mark.parametrize("masked", ["", "masked", "masked by slices"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_batch_norm(quick_compilation, name, masked):
+    """Values and running statistics."""
+    options, shape = OPTIONS[name], (3, 3, 3) if "axis" in OPTIONS[name] else (8, 5, 3)
+    x, mask = normal(shape, np.float32) + 1, np.arange(np.prod(shape)).reshape(shape) % 5 > 1
+    if masked != "masked":
+        mask = mask.take([0], (options.get("axis", -1) + 1) % 3) if masked else None
+    (theirs, flax), (ours, layer) = (norm(f, jnp.asarray(x), options, mask=mask) for f in FAMILIES)
+    scale, bias = (p if p is None else np.asarray(p[...]) for p in (layer.scale, layer.bias))
+    want, mean, var = reference.batch_norm(x, scale, bias, layer.axis, layer.epsilon, mask)
+    assert_good(theirs, ours, want)
+    m = layer.momentum
+    for running, flaxs, new, start in ((layer.mean, flax.mean, mean, 0), (layer.var, flax.var, var, 1)):
+        np.testing.assert_allclose(running[...], m * start + (1 - m) * new, rtol=3e-7, atol=1e-7)
+        np.testing.assert_allclose(running[...], flaxs[...], rtol=1e-6, atol=1e-6)
+    assert jax.tree.structure(state(layer)) == jax.tree.structure(state(flax))
+    by_running = [norm(f, jnp.asarray(x), options, use_running_average=True)[0] for f in FAMILIES]
+    assert_same(*by_running)
+
+
+def test_statistics_far_from_zero():
+    """Where Flax's variance is wrong."""
+    x = offset_normal(1e4, (4096, 2), 1)
+    (theirs, flax), (ours, layer) = (norm(f, jnp.asarray(x), {"momentum": 0.0}, 2) for f in FAMILIES)
+    want, mean, var = reference.batch_norm(x, np.asarray(layer.scale[...]), np.asarray(layer.bias[...]))
+    np.testing.assert_allclose(layer.mean[...], mean, rtol=1e-7)
+    np.testing.assert_allclose(layer.var[...], var, rtol=1e-6)
+    assert errors(ours, want) < 4
+    assert errors(theirs, want) > 1000
+    assert np.abs(flax.var[...] - var).max() > 0.1
+
+
+def test_integer_mask():
+    """Flax's nnx refuses it, its linen takes it."""
+    x, mask = jnp.asarray(normal((8, 3), np.float32)), np.arange(24).reshape(8, 3) % 3 > 0
+    want = norm(pyreg.nnx, x, {}, mask=mask)[0]
+    for dtype in (np.int32, np.uint8, np.float32):
+        assert_same(norm(pyreg.nnx, x, {}, mask=jnp.asarray(mask, dtype))[0], want)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": jnp.bfloat16},
+        {"dtype": jnp.float16},
+        {"dtype": jnp.float32},
+        {"param_dtype": jnp.bfloat16},
+        {"param_dtype": jnp.float16, "dtype": jnp.float16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
+def test_dtypes_of_batch_norm(quick_compilation, dtype, options):
+    x = jnp.asarray(normal((40, 3), np.float32) * 4 + 2).astype(dtype)
+    (theirs, flax), (ours, layer) = (norm(f, x, options) for f in FAMILIES)
+    assert (ours.dtype, ours.weak_type) == (theirs.dtype, theirs.weak_type)
+    a, b = (np.asarray(y, np.float64) for y in (ours, theirs))
+    np.testing.assert_allclose(a, b, atol=2 * float(jnp.finfo(ours.dtype).eps) * np.abs(b).max())
+    for p, q in ((layer.mean, flax.mean), (layer.var, flax.var)):
+        assert p.dtype == q.dtype
+        np.testing.assert_allclose(p[...], q[...], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")  # Flax's own
+@pytest.mark.parametrize("x64", [True], indirect=True)
+def test_wide_batch_norm(x64):
+    for dtype in (np.float64, np.float32):
+        for options in ({}, {"dtype": jnp.float32}, {"param_dtype": jnp.float64}, {"dtype": jnp.float64}):
+            x = jnp.asarray(normal((40, 3), dtype) + 1)
+            (theirs, flax), (ours, layer) = (norm(f, x, options) for f in FAMILIES)
+            assert ours.dtype == theirs.dtype
+            assert [layer.mean.dtype, layer.var.dtype] == [flax.mean.dtype, flax.var.dtype]
+            tolerance = 1e-12 if ours.dtype == np.float64 else 1e-5
+            np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+HANDED_OVER = {  # to Flax
+    "tuple of axes": (jnp.ones((4, 3)) * jnp.arange(4.0)[:, None], {"axis": (-1,)}, {}),
+    "complex": (jnp.asarray(normal((8, 3), np.float32) + 1j), {}, {}),
+    "running": (jnp.asarray(normal((8, 3), np.float32)), {}, {"use_running_average": True}),
+    "empty": (jnp.ones((0, 3)), {}, {}),
+    "neither given": (jnp.ones((8, 3)), {"use_running_average": None}, {}),
+    "NumPy's axis": (jnp.asarray(normal((8, 3), np.float32)), {"axis": np.int64(1)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_OVER)
+def test_batch_norm_that_is_flax_s(name):
+    x, options, call = HANDED_OVER[name]
+
+    def run(family):
+        y, layer = norm(family, x, options, **call)
+        return y, state(layer)
+
+    assert_alike_or_wrong(run)
+
+
+@pytest.mark.parametrize("by_running", [False, True])
+def test_activation(by_running):
+    """Values, and gradients by all that has one."""
+    x = jnp.asarray(normal((8, 3), np.float32))
+    weights = jnp.asarray(normal((8, 3), np.float32, 1))
+
+    def run(family, options, after):
+        layer = norm(family, x, options)[1]
+
+        def loss(layer, x):
+            y = after(layer(x, use_running_average=by_running))
+            return (y * weights).sum(), y
+
+        (_, y), grads = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+        return [y, *jax.tree.leaves(grads)]
+
+    got = run(pyreg.nnx, {"activation": "relu"}, lambda y: y)
+    assert (np.asarray(got[0]) == 0).any()
+    for a, b in zip(got, run(nnx, {}, jax.nn.relu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def call(layer, x, mask=None):
+    """A layer under jax.vmap: what it returns, and its new statistics."""
+    graph, whole = nnx.split(layer)
+
+    def one(state, x, mask):
+        copy = nnx.merge(graph, state)
+        return copy(x, mask=mask), copy.mean[...], copy.var[...]
+
+    return jax.jit(jax.vmap(one, (None, 0, 0), axis_name="parts"))(whole, x, mask)
+
+
+def test_axis_name(quick_compilation):
+    x = jnp.asarray(normal((4, 8, 3), np.float32) + np.arange(4, dtype=np.float32)[:, None, None])
+
+    def run(family):
+        layer = norm(family, x[0], {})[1]
+        layer.axis_name = "parts"
+        return call(layer, x), jax.grad(lambda x: (call(layer, x)[0] ** 3).sum())(x)
+
+    for a, b in zip(jax.tree.leaves(run(pyreg.nnx)), jax.tree.leaves(run(nnx)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_axis_name_pools_by_elements(quick_compilation):
+    """A part with more of the mask counts for more; Flax takes the mean of the parts' means."""
+    x, mask = normal((2, 8, 3), np.float32), np.arange(48).reshape(2, 8, 3) > 15
+    layer = norm(pyreg.nnx, x[0], {})[1]
+    layer.axis_name = "parts"
+    parameters = np.asarray(layer.scale[...]), np.asarray(layer.bias[...])
+    want = reference.batch_norm(x.reshape(16, 3), *parameters, mask=mask.reshape(16, 3))[0]
+    assert errors(call(layer, x, mask)[0].reshape(16, 3), want) < 4
+
+
+class Normed(nnx.Module):
+    """Batch-norm twice, with a layer that it shares nothing with, and running statistics that are carried on."""
+
+    def __init__(self, rngs):
+        self.norms = nnx.List([nnx.BatchNorm(3, momentum=0.9, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        for layer in self.norms:
+            x = jax.nn.relu(layer(x)) + x
+        return x
+
+
+def test_batch_norm_in_a_model(quick_compilation):
+    """Under jit, as a view, and its gradients by parameters and input, over several steps."""
+
+    @nnx.jit
+    def step(model, x):
+        loss, (grads, dx) = nnx.value_and_grad(lambda model, x: (model(x) ** 3).mean(), argnums=(0, 1))(model, x)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), grads))
+        return loss, dx
+
+    theirs, ours = pair(lambda: Normed(nnx.Rngs(0)))
+    for x in normal((4, 16, 3), np.float32):
+        for a, b in zip(step(ours, x), step(theirs, x), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(state(ours)) == jax.tree.structure(state(theirs))
+    for a, b in zip(jax.tree.leaves(state(ours)), jax.tree.leaves(state(theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    view = nnx.view(ours, use_running_average=True)
+    before = state(ours)
+    np.testing.assert_allclose(view(x), nnx.view(theirs, use_running_average=True)(x), rtol=1e-4, atol=1e-5)
+    assert_same(state(ours), before)
+
+
+@settings(max_examples=8)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.data(),
+    st.floats(-50, 50),
+    st.sampled_from([np.float32, np.float16]),
+)
+def test_random_batch_norm(quick_compilation_of_module, shape, data, offset, dtype):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    x = (normal(shape, np.float32) + offset).astype(dtype)
+    layers = [family.BatchNorm(shape[axis], axis=axis, momentum=0.0, rngs=nnx.Rngs(0)) for family in FAMILIES]
+    theirs, ours = (layer(jnp.asarray(x)) for layer in layers)
+    want, mean, var = reference.batch_norm(x, axis=axis)
+    assert ours.dtype == theirs.dtype
+    assert_good(theirs, ours, want)
+    np.testing.assert_allclose(layers[1].mean[...], mean, rtol=3e-7, atol=1e-7)
+    np.testing.assert_allclose(layers[1].var[...], var, rtol=1e-6, atol=1e-7)
