@@ -4,12 +4,15 @@ import functools
 import inspect
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
+import reference
 from common import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxcommon import assert_same, jax
+from test_batchnorm import offset_normal
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages, while they are imported
@@ -478,3 +481,245 @@ def test_attention_with_philox(quick_compilation, broadcast):
     shape = (1, 1, 5, 7) if broadcast else weights.shape
     multiplier = pyreg.jax.dropout(jnp.ones(shape), rate, key=key, impl="philox")
     np.testing.assert_allclose(y, jnp.einsum("bhqk,bkhd->bqhd", weights * multiplier, V), rtol=1e-4, atol=1e-6)
+
+
+# ---- Batch-norm ------------------------------------------------------------------------------------------------------
+
+
+def errors(y, want):
+    """In units in the last place of the largest value."""
+    y, want = np.asarray(y, np.float64), np.asarray(want, np.float64)
+    return np.abs(y - want).max() / np.spacing(np.abs(want).max().astype(np.float32))
+
+
+def norm(family, x, options, **call):
+    """Result, running statistics, and the layer's parameters."""
+    layer = family.BatchNorm(**{"momentum": 0.9, "use_running_average": False, **options})
+    variables = layer.init(KEY, x)
+    params = jax.tree.map(lambda p: jnp.asarray(normal(p.shape, np.float32) + 2, p.dtype), variables.get("params", {}))
+    variables = {"params": params, "batch_stats": variables["batch_stats"]}
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"], **call)
+    return y, updates["batch_stats"], params
+
+
+OPTIONS = {
+    "plain": {},
+    "channels first": {"axis": 1},
+    "first axis": {"axis": 0},
+    "no scale": {"use_scale": False},
+    "no bias": {"use_bias": False},
+    "neither": {"use_bias": False, "use_scale": False},
+    "momentum and epsilon": {"momentum": 0.3, "epsilon": 0.1},
+    "slow variance": {"use_fast_variance": False},
+}
+
+
+@pytest.mark.parametrize("masked", ["", "masked", "masked by slices"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_batch_norm(quick_compilation, name, masked):
+    """Values and running statistics: within 4 ulp of float64, and never further from it than Flax by one more."""
+    options, shape = OPTIONS[name], (3, 3, 3) if "axis" in OPTIONS[name] else (8, 5, 3)
+    x, mask = normal(shape, np.float32) + 1, np.arange(np.prod(shape)).reshape(shape) % 5 > 1
+    axis, m = options.get("axis", -1), options.get("momentum", 0.9)
+    if masked != "masked":
+        mask = mask.take([0], (axis + 1) % 3) if masked else None
+    theirs, ours = (norm(family, jnp.asarray(x), options, mask=mask) for family in FAMILIES)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    scale, bias = (ours[2].get(k) for k in ("scale", "bias"))
+    want, mean, var = reference.batch_norm(x, scale, bias, axis, options.get("epsilon", 1e-5), mask)
+    assert errors(ours[0], want) <= min(4, errors(theirs[0], want) + 1)
+    for k, new, start in (("mean", mean, 0), ("var", var, 1)):
+        np.testing.assert_allclose(ours[1][k], m * start + (1 - m) * new, rtol=3e-7, atol=1e-7)
+        np.testing.assert_allclose(ours[1][k], theirs[1][k], rtol=1e-6, atol=1e-6)
+    if mask is not None:
+        assert_same(norm(pyreg.linen, jnp.asarray(x), options, mask=mask.astype(np.int32)), ours)
+
+
+def test_statistics_far_from_zero():
+    """Where Flax's variance is wrong."""
+    x = offset_normal(1e4, (4096, 2), 1)
+    theirs, ours = (norm(family, jnp.asarray(x), {"momentum": 0.0}) for family in FAMILIES)
+    want, mean, var = reference.batch_norm(x, ours[2]["scale"], ours[2]["bias"])
+    np.testing.assert_allclose(ours[1]["mean"], mean, rtol=1e-7)
+    np.testing.assert_allclose(ours[1]["var"], var, rtol=1e-6)
+    assert errors(ours[0], want) < 4
+    assert errors(theirs[0], want) > 1000
+
+
+TYPES = [
+    {},
+    {"dtype": jnp.bfloat16},
+    {"dtype": jnp.float16},
+    {"dtype": jnp.float32},
+    {"param_dtype": jnp.bfloat16},
+    {"param_dtype": jnp.float16, "dtype": jnp.float16},
+    {"force_float32_reductions": False, "param_dtype": jnp.float16},
+]
+
+
+@pytest.mark.parametrize("options", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
+def test_dtypes_of_batch_norm(quick_compilation, dtype, options):
+    x = jnp.asarray(normal((40, 3), np.float32) * 4 + 2).astype(dtype)
+    theirs, ours = (norm(family, x, options) for family in FAMILIES)
+    assert jax.tree.map(lambda a: (a.dtype, a.weak_type), ours) == jax.tree.map(
+        lambda a: (a.dtype, a.weak_type), theirs
+    )
+    a, b = (np.asarray(y[0], np.float64) for y in (ours, theirs))
+    np.testing.assert_allclose(a, b, atol=2 * float(jnp.finfo(ours[0].dtype).eps) * np.abs(b).max())
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(ours[1][name], theirs[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_result_is_rounded_once():
+    """With a narrow dtype the data stay as they are, as in Flax, and the result is rounded."""
+    x = normal((64, 3), np.float32) + 100  # which bfloat16 would round to a half
+    y, _, params = norm(pyreg.linen, jnp.asarray(x), {"dtype": jnp.bfloat16})
+    want = reference.batch_norm(x, params["scale"], params["bias"])[0]
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("x64", [True], indirect=True)
+def test_wide_batch_norm(x64):
+    for dtype in (np.float64, np.float32):
+        for options in ({}, {"dtype": jnp.float32}, {"param_dtype": jnp.float64}, {"dtype": jnp.float64}):
+            x = jnp.asarray(normal((40, 3), dtype) + 1)
+            theirs, ours = (norm(family, x, options) for family in FAMILIES)
+            assert jax.tree.map(jnp.result_type, ours) == jax.tree.map(jnp.result_type, theirs)
+            tolerance = 1e-12 if dtype == np.float64 and "dtype" not in options else 1e-5
+            np.testing.assert_allclose(ours[0], theirs[0], rtol=tolerance, atol=tolerance)
+
+
+HANDED_OVER = {  # to Flax
+    "tuple of axes": (jnp.asarray(normal((4, 5, 3), np.float32)), {"axis": (0, -1)}, {}),
+    "complex": (jnp.asarray(normal((8, 3), np.float32) + 1j), {}, {}),
+    "integers": (jnp.arange(24).reshape(8, 3) % 5, {}, {}),
+    "running": (jnp.asarray(normal((8, 3), np.float32)), {"use_running_average": True}, {}),
+    "empty": (jnp.ones((0, 3)), {}, {}),
+    "neither given": (jnp.ones((8, 3)), {"use_running_average": None}, {}),
+    "both given": (jnp.ones((8, 3)), {}, {"use_running_average": True}),
+    "narrow reductions": (jnp.ones((8, 3)), {"force_float32_reductions": False}, {}),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_OVER)
+def test_batch_norm_that_is_flax_s(name):
+    x, options, call = HANDED_OVER[name]
+    assert_alike_or_wrong(lambda family: norm(family, x, options, **call))
+
+
+def test_statistics_must_be_mutable():
+    x = jnp.ones((8, 3))
+
+    def run(family):
+        layer = family.BatchNorm(use_running_average=False)
+        return layer.apply(layer.init(KEY, x), x)
+
+    theirs, ours = (outcome(run, family) for family in FAMILIES)
+    assert isinstance(ours, str)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("by_running", [False, True])
+def test_activation(quick_compilation, by_running):
+    """Values, and gradients by all that has one."""
+    x, weights = (jnp.asarray(normal((8, 3), np.float32, seed)) for seed in (0, 1))
+
+    def run(layer, after):
+        variables = layer.init(KEY, x)
+
+        def loss(params, x):
+            y, _ = layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return (after(y) * weights).sum(), after(y)
+
+        (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+        return [y, *jax.tree.leaves(grads)]
+
+    got = run(pyreg.linen.BatchNorm(by_running, activation="relu"), lambda y: y)
+    assert (np.asarray(got[0]) == 0).any()
+    for a, b in zip(got, run(linen.BatchNorm(by_running), jax.nn.relu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert (pyreg.linen.BatchNorm(by_running, activation="relu").init_with_output(KEY, x)[0] >= 0).all()
+
+
+def test_axis_name(quick_compilation):
+    """In linen.vmap; and an axis that is not there while the layer is initialised."""
+    x = jnp.asarray(normal((4, 8, 3), np.float32) + np.arange(4, dtype=np.float32)[:, None, None])
+
+    def run(family):
+        class Parts(linen.Module):
+            @linen.compact
+            def __call__(self, x):
+                options = {"variable_axes": {"params": None, "batch_stats": None}, "split_rngs": {"params": False}}
+                layer = linen.vmap(family.BatchNorm, **options, axis_name="parts")
+                return layer(use_running_average=False, momentum=0.9, axis_name="parts")(x)
+
+        variables = Parts().init(KEY, x)
+
+        def loss(x):
+            y, new = Parts().apply(variables, x, mutable=["batch_stats"])
+            return (y**3).sum(), (y, new)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(x)
+
+    theirs, ours = (run(family) for family in FAMILIES)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+class Convolution(linen.Module):
+    """A model with all of it, by either family."""
+
+    family: str
+
+    @linen.compact
+    def __call__(self, x, train):
+        family = pyreg.linen if self.family == "pyreg" else linen
+        for _ in range(2):
+            x = linen.Dense(4)(x)
+            x = family.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+            x = jax.nn.relu(x)
+            x = family.Dropout(0.2, deterministic=not train)(x)
+        return x
+
+
+def test_checkpoints(quick_compilation, tmp_path):
+    """What one family saves the other loads: as bytes, and with orbax."""
+    x = jnp.asarray(normal((8, 4), np.float32))
+    models = [Convolution(family) for family in ("flax", "pyreg")]
+    theirs, ours = (model.init(RNGS, x, True) for model in models)
+    assert_same(ours, theirs)
+    flax, pyregs = zip(models, (theirs, ours), strict=True)
+    for (source, saved), (target, like) in ((flax, pyregs), (pyregs, flax)):
+        _, new = source.apply(saved, x, True, rngs=RNGS, mutable=["batch_stats"])
+        saved = {**saved, **new}
+        loaded = serialization.from_bytes(like, serialization.to_bytes(saved))
+        assert_same(loaded, saved)
+        assert_same(target.apply(loaded, x, False), source.apply(saved, x, False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orbax = pytest.importorskip("orbax.checkpoint")
+            with orbax.StandardCheckpointer() as checkpointer:
+                checkpointer.save(tmp_path / target.family, saved)
+                checkpointer.wait_until_finished()
+                assert_same(checkpointer.restore(tmp_path / target.family, like), saved)
+
+
+@settings(max_examples=8)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.data(),
+    st.floats(-50, 50),
+    st.sampled_from([np.float32, np.float16]),
+)
+def test_random_batch_norm(quick_compilation_of_module, shape, data, offset, dtype):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    x = (normal(shape, np.float32) + offset).astype(dtype)
+    theirs, ours = (norm(family, jnp.asarray(x), {"axis": axis, "momentum": 0.0}) for family in FAMILIES)
+    want, mean, var = reference.batch_norm(x, ours[2]["scale"], ours[2]["bias"], axis=axis)
+    assert ours[0].dtype == theirs[0].dtype
+    assert errors(ours[0], want) <= min(4, errors(theirs[0], want) + 1)
+    np.testing.assert_allclose(ours[1]["mean"], mean, rtol=3e-7, atol=1e-7)
+    np.testing.assert_allclose(ours[1]["var"], var, rtol=1e-6, atol=1e-7)
