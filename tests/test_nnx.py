@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from common import normal
+from common import normal, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxcommon import assert_same, jax, nnx
@@ -956,3 +956,56 @@ def test_random_batch_norm(quick_compilation_of_module, shape, data, offset, dty
     assert_good(theirs, ours, want)
     np.testing.assert_allclose(layers[1].mean[...], mean, rtol=3e-7, atol=1e-7)
     np.testing.assert_allclose(layers[1].var[...], var, rtol=1e-6, atol=1e-7)
+
+
+DEVICES = """
+import warnings
+import jax, numpy as np
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from flax import linen, nnx
+import pyreg.linen, pyreg.nnx
+jnp, P = jax.numpy, jax.sharding.PartitionSpec
+x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 3)) + np.arange(16)[:, None], jnp.float32)
+groups = [[0, 1], [2, 3]]
+mesh = jax.make_mesh((4,), ("parts",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def by_nnx(family):
+    layer = family.BatchNorm(3, momentum=0.0, axis_name="parts", axis_index_groups=groups, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    def one(x):
+        copy = nnx.merge(graph, jax.tree.map(lambda a: jax.lax.pcast(a, "parts", to="varying"), state))
+        return copy(x), copy.mean[...], copy.var[...]
+    return one
+
+def by_linen(family):
+    layer = family.BatchNorm(False, momentum=0.0, axis_name="parts", axis_index_groups=groups)
+    variables = layer.init(jax.random.key(0), x)
+    def one(x):
+        y, new = layer.apply(variables, x, mutable=["batch_stats"])
+        return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
+    return one
+
+for make, families in ((by_nnx, (nnx, pyreg.nnx)), (by_linen, (linen, pyreg.linen))):
+    theirs, ours = (
+        jax.jit(jax.shard_map(make(f), mesh=mesh, in_specs=P("parts"), out_specs=P("parts"), check_vma=False))(x)
+        for f in families
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    y = np.asarray(ours[0])
+    assert np.abs(y[:8].mean(0)).max() < 1e-5 < np.abs(y[:4].mean(0)).max()  # two devices are one group
+
+for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+    mesh = jax.make_mesh((4,), ("parts",), axis_types=(kind,))
+    cut = jax.device_put(x, jax.NamedSharding(mesh, P("parts")))
+    theirs, ours = (jax.jit(lambda x, f=f: f.Dropout(0.3)(x, rngs=jax.random.key(1)))(cut) for f in (nnx, pyreg.nnx))
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.sharding.is_equivalent_to(cut.sharding, 2)
+print("fine")
+"""
+
+
+def test_several_devices():
+    """Groups of devices under shard_map, and arrays that are cut."""
+    assert python(DEVICES, timeout=300, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("fine")
