@@ -246,7 +246,7 @@ def quick_compilation_of_module():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(models, st.integers(0, 9))
 def test_random_models(quick_compilation_of_module, spec, seed):
     theirs, ours = Model(spec), Model(spec, "pyreg")
@@ -385,11 +385,9 @@ ATTENTION = {  # options, and how the operands look
     "float16": ({}, {"dtype": jnp.float16}),
     "bfloat16": ({}, {"dtype": jnp.bfloat16}),
     "to bfloat16": ({"dtype": jnp.bfloat16}, {}),
-    "from float16": ({"dtype": jnp.float32}, {"dtype": jnp.float16}),
     "bias and mask": ({"bias": BIAS, "mask": MASK}, {}),
     "precision": ({"precision": "highest"}, {}),
     "no batch": ({}, {"batch": ()}),
-    "two batch dims": ({}, {"batch": (2, 3)}),
     "wide softmax, float16": ({"force_fp32_for_softmax": True}, {"dtype": jnp.float16}),
     "wide softmax, bfloat16": ({"force_fp32_for_softmax": True}, {"dtype": jnp.bfloat16}),
     "wide softmax": ({"force_fp32_for_softmax": True}, {}),
@@ -408,7 +406,7 @@ def test_attention(quick_compilation, name, broadcast):
     assert_alike(lambda f: f.dot_product_attention(*operands(**shape), dropout_rate=rate, **options))
 
 
-@pytest.mark.parametrize("name", ["plain", "bfloat16", "wide softmax, float16", "own einsums"])
+@pytest.mark.parametrize("name", ["plain", "wide softmax, bfloat16"])
 def test_gradient_of_attention(quick_compilation, name):
     """The gradient of a dropped element may be 0 here and -0 there, which adding 0 makes the same."""
     options, shape = ATTENTION[name]
@@ -514,8 +512,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("masked", ["", "masked", "masked by slices"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [(name, "") for name in OPTIONS]
+    + [("plain", "masked"), ("neither", "masked"), ("channels first", "masked"), ("plain", "masked by slices")],
+)
 def test_batch_norm(quick_compilation, name, masked):
     """Values and running statistics: within 4 ulp of float64, and never further from it than Flax by one more."""
     options, shape = OPTIONS[name], (3, 3, 3) if "axis" in OPTIONS[name] else (8, 5, 3)
@@ -549,8 +550,6 @@ def test_statistics_far_from_zero():
 TYPES = [
     {},
     {"dtype": jnp.bfloat16},
-    {"dtype": jnp.float16},
-    {"dtype": jnp.float32},
     {"param_dtype": jnp.bfloat16},
     {"param_dtype": jnp.float16, "dtype": jnp.float16},
     {"force_float32_reductions": False, "param_dtype": jnp.float16},
@@ -558,7 +557,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize("options", TYPES, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
 def test_dtypes_of_batch_norm(quick_compilation, dtype, options):
     x = jnp.asarray(normal((40, 3), np.float32) * 4 + 2).astype(dtype)
     theirs, ours = (norm(family, x, options) for family in FAMILIES)
@@ -707,7 +706,7 @@ def test_checkpoints(quick_compilation, tmp_path):
                 assert_same(checkpointer.restore(tmp_path / target.family, like), saved)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=4),
     st.data(),

@@ -318,7 +318,7 @@ def derivative(model, x):
     return y, grads
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(models, st.integers(0, 9))
 def test_random_models(quick_compilation_of_module, model, seed):
     theirs, ours = pair(lambda: Mixed([build(model, nnx.Rngs(seed, noise=seed + 1))]))
@@ -622,7 +622,6 @@ ATTENTION = {  # options, and how the operands look
     "grouped values": ({}, {"v_heads": 1}),
     "grouped keys": ({}, {"k_heads": 2}),
     "no batch": ({}, {"batch": ()}),
-    "two batch dims": ({}, {"batch": (2, 3)}),
 }
 
 
@@ -636,7 +635,7 @@ def test_attention(quick_compilation, name, broadcast):
     assert_alike(lambda family: family.dot_product_attention(*operands, dropout_rate=rate, **options))
 
 
-@pytest.mark.parametrize("name", ["plain", "float16", "bfloat16", "bias and mask", "grouped"])
+@pytest.mark.parametrize("name", ["plain", "bfloat16", "grouped"])
 def test_gradient_of_attention(quick_compilation, name):
     """The gradient of a dropped element may be 0 here and -0 there, which adding 0 makes the same."""
     options, shape = ATTENTION[name]
@@ -751,8 +750,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("masked", ["", "masked", "masked by slices"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [(name, "") for name in OPTIONS]
+    + [("plain", "masked"), ("neither", "masked"), ("channels first", "masked"), ("plain", "masked by slices")],
+)
 def test_batch_norm(quick_compilation, name, masked):
     """Values and running statistics."""
     options, shape = OPTIONS[name], (3, 3, 3) if "axis" in OPTIONS[name] else (8, 5, 3)
@@ -797,14 +799,12 @@ def test_integer_mask():
     [
         {},
         {"dtype": jnp.bfloat16},
-        {"dtype": jnp.float16},
-        {"dtype": jnp.float32},
         {"param_dtype": jnp.bfloat16},
         {"param_dtype": jnp.float16, "dtype": jnp.float16},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
 def test_dtypes_of_batch_norm(quick_compilation, dtype, options):
     x = jnp.asarray(normal((40, 3), np.float32) * 4 + 2).astype(dtype)
     (theirs, flax), (ours, layer) = (norm(f, x, options) for f in FAMILIES)
@@ -939,7 +939,7 @@ def test_batch_norm_in_a_model(quick_compilation):
     assert_same(state(ours), before)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=4),
     st.data(),
