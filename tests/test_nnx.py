@@ -344,7 +344,7 @@ def mlp(rate=0.2, seed=0):
         nnx.Dropout(rate, rngs=rngs),
         nnx.Linear(16, 16, rngs=rngs),
         nnx.Dropout(rate, broadcast_dims=(0,), rngs=rngs),
-        nnx.Linear(16, 1, rngs=rngs),
+        nnx.Linear(16, 2, rngs=rngs),  # not 1, whose product XLA may fuse with Flax's dropout
     )
 
 
@@ -360,7 +360,7 @@ def test_training():
     theirs, ours = pair(mlp)
     x = normal((50, 8, 4), np.float32)
     for batch in x:
-        assert_same(step(ours, batch, batch[:, :1]), step(theirs, batch, batch[:, :1]))
+        assert_same(step(ours, batch, batch[:, :2]), step(theirs, batch, batch[:, :2]))
     assert_same(state(ours), state(theirs))
     assert (state(mlp())["layers"][0]["kernel"][...] != ours.layers[0].kernel[...]).any()
 
@@ -444,6 +444,8 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(quick_compilation, name):
     x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (4, 6)).astype(np.float32))
+    if name == "pickle" and failed(outcome(pickle.dumps, jax.random.key(0))):
+        pytest.skip("JAX before 0.10 does not pickle keys")
     theirs, ours = pair(lambda: model_of(x))
     assert_same(PROGRAMS[name](ours, x), PROGRAMS[name](theirs, x))
     assert_same(state(ours), state(theirs))
@@ -529,7 +531,7 @@ def test_convert_and_revert(impl):
 @pytest.mark.parametrize("impl", ["auto", "philox"])
 def test_converted_models_are_equal(impl):
     """So that jit compiles once for two of them, and for a copy."""
-    heads = functools.partial(nnx.MultiHeadAttention, 2, 4, dropout_rate=0.5, decode=False)
+    heads = functools.partial(nnx.MultiHeadAttention, 2, 4, dropout_rate=0.5, decode=False, keep_rngs=False)
     a, b = (pyreg.nnx.convert(heads(rngs=nnx.Rngs(seed)), impl=impl) for seed in range(2))
     for other in (b, copy.deepcopy(a), pickle.loads(pickle.dumps(a)), nnx.clone(a)):
         assert nnx.graphdef(other) == nnx.graphdef(a)
