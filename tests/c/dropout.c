@@ -63,7 +63,8 @@ static void check_shared(const struct pyreg_mask *mask, size_t rows, size_t colu
     if (pyreg_dropout(PYREG_F32, mask, true, 2, shape, x, strides, x, strides, mask_strides)) fail("shared", n);
     if (pyreg_dropout_mask(mask, by_row ? rows : columns, false, kept)) fail("mask", n);
     for (size_t i = 0; i < n; i++)
-        if (is_zero(x + 4 * i, 4) == kept[by_row ? i / columns : i % columns]) fail("dropout is not the shared mask", n);
+        if (is_zero(x + 4 * i, 4) == kept[by_row ? i / columns : i % columns])
+            fail("dropout is not the shared mask", n);
     free(x), free(kept);
 }
 
