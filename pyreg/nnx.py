@@ -466,8 +466,10 @@ def convert(model: Model, *, impl: Impl = "auto") -> Model:
     for node in _nodes(model):
         if type(node) is nnx.BatchNorm:
             _become(node, BatchNorm).activation = None
-        if type(node) in (nnx.Dropout, Dropout):
-            _become(node, Dropout).impl = impl
+        if type(node) is nnx.Dropout:
+            _become(node, Dropout)
+        if isinstance(node, Dropout):
+            node.impl = impl
         if isinstance(node, nnx.MultiHeadAttention):
             node.attention_fn = _attention(node.attention_fn, _ATTENTION[impl])
     return model
@@ -475,6 +477,8 @@ def convert(model: Model, *, impl: Impl = "auto") -> Model:
 
 def revert(model: Model) -> Model:
     """Undo :func:`convert`, in place: every pyreg Dropout and BatchNorm in a model becomes Flax's.
+
+    Layers that Flax has no counterpart of, such as :class:`Dropout2d`, stay.
 
     Parameters
     ----------

@@ -546,6 +546,12 @@ def test_convert_to_the_other_mask():
     assert pyreg.nnx.convert(heads).attention_fn is pyreg.nnx.dot_product_attention
 
 
+def test_convert_sets_the_mask_of_layers_that_flax_lacks():
+    model = nnx.List([pyreg.nnx.Dropout2d(0.5, rngs=nnx.Rngs(0))])
+    assert pyreg.nnx.convert(model, impl="philox")[0].impl == "philox"
+    assert type(pyreg.nnx.revert(model)[0]) is pyreg.nnx.Dropout2d
+
+
 def test_convert_what_is_no_module():
     layers = [nnx.Dropout(0.5), {"a": nnx.Dropout(0.1)}, (nnx.BatchNorm(2, rngs=nnx.Rngs(0)),)]
     assert pyreg.nnx.convert(layers) is layers
