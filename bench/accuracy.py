@@ -1,22 +1,16 @@
 """How right batch statistics are when the mean is far from zero: pyreg, PyTorch and Flax beside each other.
 
-    python bench/accuracy.py [--elements 4194304] [--channels 4] [--threads 1] [--markdown]
+    python -m bench accuracy [--quick] [--elements 1048576] [--channels 2] [--threads 1] [--markdown]
 
 Data are normal with standard deviation 1 and the mean in the first column.  For each contender: the relative error of
 the variance, and the error of y in units in the last place of the largest element, both the worst of the channels and
 against float64.
 """
 
-import argparse
-from importlib.util import find_spec
-from pathlib import Path
-
 import numpy as np
-from rich import box
-from rich.table import Table
-from timing import console, environment, show_environment, write_json
 
 import pyreg
+from bench import cases, machine, output
 
 MEANS = (0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7)
 PACKAGES = ("numpy", "torch", "jax", "flax")
@@ -32,7 +26,7 @@ def contenders(axis, threads):
         return y, var
 
     found = {"pyreg": ours}
-    if find_spec("torch"):
+    if cases.installed("PyTorch"):
         import torch
 
         torch.set_num_threads(threads)
@@ -43,7 +37,7 @@ def contenders(axis, threads):
             return y.movedim(1, axis).numpy(), 1 / rstd.double().numpy() ** 2 - 1e-5
 
         found["PyTorch"] = theirs
-    if find_spec("flax"):
+    if cases.installed("Flax"):
         import jax
         from flax import nnx
 
@@ -87,43 +81,49 @@ def text(error):
     return f"{error['var']:.1e}", f"{error['ulp']:.3g}"
 
 
-def print_markdown(records, args, env):
-    """The README's table: both layouts, every second mean."""
-    rows = [r for r in records if r["mean"] in MEANS[::2]]
-    versions = ", ".join(f"{name} {env[name]}" for name in PACKAGES if env[name] != "not installed")
-    print(f"\nfloat32, {args.channels} channels of {args.elements:,} elements, threads {args.threads}; {versions}.\n")
-    print("| | mean / std |", " | ".join(rows[0]["errors"]), "|")
-    print("|---|---:|" + "---:|" * len(rows[0]["errors"]))
-    for row in rows:
-        errors = " | ".join(f"{var}; {ulp}" for var, ulp in map(text, row["errors"].values()))
-        print(f"| {row['layout']} | {row['mean']:g} | {errors} |")
+def markdown(result):
+    """The documentation's table: both layouts, every second mean."""
+    chosen = [r for r in result["records"] if r["mean"] in MEANS[::2]]
+    rows = [[r["layout"], f"{r['mean']:g}", *("; ".join(text(e)) for e in r["errors"].values())] for r in chosen]
+    table = output.markdown_table(["", "mean / std", *chosen[0]["errors"]], rows, left=1)
+    versions = machine.versions(result["machine"], PACKAGES)
+    return f"float32, {result['channels']} channels of {result['elements']:,} elements; {versions}.\n\n{table}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=1 << 22, help="of each channel; a multiple of 16")
-    parser.add_argument("--channels", type=int, default=4)
+def add_arguments(parser):
+    parser.add_argument("--elements", type=output.integer, help="of each channel; a multiple of 16")
+    parser.add_argument("--channels", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--markdown", action="store_true", help="also print the README's table")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file")
-    args = parser.parse_args()
 
-    env = environment(PACKAGES)
-    show_environment(env)
+
+def run(args):
+    found = output.start(args)
+    elements = args.elements or (1 << 16 if args.quick else 1 << 20)
     records = []
     for layout, (axis, shape) in LAYOUTS.items():
         calls = contenders(axis, args.threads)
-        title = f"float32, {args.elements:,} elements a channel, {layout}: relative error of var, error of y in ulp"
-        table = Table("mean / std", *calls, title=title, box=box.SIMPLE_HEAD)
-        for mean in MEANS:
-            errors = measure(mean, axis, shape(args.elements, args.channels), calls)
-            table.add_row(f"{mean:g}", *("  ".join(text(e)) for e in errors.values()))
+        rows = []
+        for mean in output.progress(MEANS, f"accuracy, {layout}"):
+            errors = measure(mean, axis, shape(elements, args.channels), calls)
+            rows.append([f"{mean:g}", *("  ".join(text(e)) for e in errors.values())])
             records.append({"layout": layout, "mean": mean, "errors": errors})
-        console.print(table)
-    write_json(args.out / "accuracy.json", environment=env, elements=args.elements, records=records)
+        title = f"float32, {elements:,} elements a channel, {layout}: relative error of var, error of y in ulp"
+        output.print_table(title, ["mean / std", *calls], rows)
+    more = {"elements": elements, "channels": args.channels, "threads": args.threads}
+    output.finish(args, found, records, lambda path: plot(records, found, path), **more)
     if args.markdown:
-        print_markdown(records, args, env)
+        print(f"\n{markdown({'machine': found, 'records': records, **more})}")
 
 
-if __name__ == "__main__":
-    main()
+def plot(records, found, path):
+    """The variance's error against the mean."""
+    fig, axes = output.figure(1, len(LAYOUTS), f"float32 batch statistics; {machine.versions(found, PACKAGES)}")
+    for ax, layout in zip(axes[0], LAYOUTS, strict=True):
+        chosen = [r for r in records if r["layout"] == layout]
+        for name in chosen[0]["errors"]:
+            ax.plot(
+                [r["mean"] for r in chosen], [r["errors"][name]["var"] for r in chosen], "o-", label=name, markersize=4
+            )
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set(title=layout, xlabel="mean / standard deviation", ylabel="relative error of the variance", yscale="log")
+    output.save(fig, path)

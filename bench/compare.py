@@ -1,71 +1,106 @@
-"""Time one op of pyreg against its peers.
+"""Time ops against their peers.
 
-    python bench/compare.py dropout [--quick] [--sizes 1e6 1.6e7] [--dtypes float32] [--markdown]
+    python -m bench compare [dropout] [batchnorm] [jax] [--quick] [--shapes 1e6 1.6e7] [--dtypes float32] [--markdown]
 
-The result is checked first.  Then contenders take turns (A B C, A B C, ...), and a ratio is taken within each turn:
-the tables give its median, and in brackets its minimum.  All figures go to a JSON file and a plot.
-
-An op is a module beside this file: PARAMS, QUICK, TABLE_BY, SUBJECTS, COLUMNS, MARKDOWN, NOTES, PACKAGES as data, and
-check(), contenders(), elements().  For the other benchmarks: SWEEP, FIXED, SWEPT, COPY, CONTENTION.  See
-dropout.py.  A module may have details(), too: figures that are no times.
+Results are checked first.  Then contenders take turns (A B C, A B C, ...), and a ratio is taken within each turn: the
+tables give its median, and in brackets its minimum.
 """
 
-import argparse
-import importlib
 import itertools
-import math
-from pathlib import Path
 
-from rich import box
-from rich.progress import Progress
-from rich.table import Table
-from timing import (
-    console,
-    environment,
-    integer,
-    interleave,
-    label,
-    number_text,
-    show_environment,
-    skip,
-    summary,
-    time_text,
-    write_json,
-)
+from bench import cases, machine, output, timing
+from bench.output import console, label, number_text, time_text
+
+OPS = tuple(cases.OPS)
+PEERS = ("NumPy", "PyTorch", "Flax", "oneDNN")
 
 
-def measure(op, params, rounds, peers):
-    """One record for each combination of the parameters.  Each table is printed as soon as it is complete."""
-    names = list(params)
-    cases = [dict(zip(names, values, strict=True)) for values in itertools.product(*params.values())]
-    records = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(op.__name__, total=len(cases))
-        for case in cases:
-            progress.update(task, description=" ".join(map(str, case.values())))
-            seconds = interleave(op.contenders(**case, peers=peers), rounds)
-            ratios = {
-                f"{name} / {over}": summary(seconds[name] / seconds[over])
-                for name, over in compared(op)
-                if name in seconds and over in seconds
-            }
-            times = {name: summary(samples) for name, samples in seconds.items()}
-            records.append({**case, "elements": op.elements(**case), "seconds": times, "ratios": ratios})
-            progress.advance(task)
-            table = [r for r in records if all(r[name] == case[name] for name in op.TABLE_BY)]
-            if len(table) * math.prod(len(params[name]) for name in op.TABLE_BY) == len(cases):
-                print_table(op, table)
-    return records
+def add_arguments(parser):
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {' '.join(OPS)}; all by default")
+    parser.add_argument("--shapes", nargs="+", help='for example 1e6, "32,64,56,56 NCHW", "dropout 1000"; one OP then')
+    parser.add_argument("--dtypes", nargs="+")
+    parser.add_argument("--rates", type=float, nargs="+", help="of dropout")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, machine.cpus()}))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help=f"any of {' '.join(PEERS)}")
+    timing.add_arguments(parser)
 
 
-def compared(op):
-    return [(a.format(s), b.format(s)) for s in op.SUBJECTS for _, a, b in op.COLUMNS if b]
+def run(args):
+    ops = args.ops or OPS
+    if unknown := set(ops) - set(OPS):
+        raise SystemExit(f"no op {' '.join(unknown)}; there are {' '.join(OPS)}")
+    if args.shapes and len(ops) > 1:
+        raise SystemExit(f"--shapes was given for {' '.join(ops)}; wanted one op")
+    found = output.start(args)
+    for peer in args.peers:
+        if not cases.installed(peer):
+            console.print(f"[yellow]skipped[/] {peer}: it is not installed")
+    args.peers = [peer for peer in args.peers if cases.installed(peer)]
+    records, details, names = [], [], []
+    for name in ops:
+        if name == "jax" and not cases.installed("Flax"):
+            console.print("[yellow]skipped[/] jax: Flax is not installed")
+            continue
+        op, params = cases.load(name), parameters(name, args)
+        check(op, params)
+        records += measure(name, op, params, args)
+        console.print(op.NOTES, style="dim")
+        if hasattr(op, "details"):
+            details += print_details(list(op.details(params["shape"])))
+        names.append(name)
+    print_losses(records)
+
+    def plot_all(path):
+        for name in names:
+            chosen = [r for r in records if r["op"] == name]
+            plot(name, chosen, found, path.with_stem(f"{path.stem}-{name}") if len(names) > 1 else path)
+
+    output.finish(args, found, records, plot_all, details=details)
+    if args.markdown:
+        for name in names:
+            print(f"\n{markdown({'machine': found, 'records': records}, name)}")
+
+
+def parameters(name, args):
+    """Those of the file in shapes/, or what the command line says."""
+    params = cases.shapes(name)["quick" if args.quick else "full"]
+    params |= {
+        k: v for k, v in (("dtype", args.dtypes), ("shape", args.shapes), ("rate", args.rates)) if v and k in params
+    }
+    if name == "dropout":
+        params["shape"] = [output.integer(n) for n in params["shape"]]
+    for dtype in params["dtype"]:
+        if reason := cases.missing(dtype):
+            console.print(f"[yellow]skipped[/] {dtype}: {reason}")
+    params["dtype"] = [dtype for dtype in params["dtype"] if not cases.missing(dtype)]
+    return params | {"threads": [machine.cpus()] if name == "jax" else args.threads}
+
+
+def each(params, names):
+    for values in itertools.product(*(params[name] for name in names)):
+        yield dict(zip(names, values, strict=True))
 
 
 def check(op, params):
-    for values in itertools.product(*(params[name] for name in op.TABLE_BY)):
-        for found in op.check(**dict(zip(op.TABLE_BY, values, strict=True))):
-            console.print(f"[green]checked[/] {' '.join(map(str, values))}: {found}")
+    for chosen in each(params, op.TABLE_BY):
+        for right in op.check(**chosen):
+            console.print(f"[green]checked[/] {' '.join(map(str, chosen.values()))}: {right}")
+
+
+def measure(name, op, params, args):
+    """A record for each combination of the parameters.  Each table is printed as soon as it is complete."""
+    records, rest = [], [p for p in params if p not in op.TABLE_BY]
+    pairs = [(a.format(s), b.format(s)) for s in op.SUBJECTS for _, a, b in op.COLUMNS if b]
+    for chosen in each(params, op.TABLE_BY):
+        table = []
+        cases_of_table = list(each(params, rest))
+        for case in output.progress(cases_of_table, f"{name} {' '.join(map(str, chosen.values()))}"):
+            calls = op.contenders(**chosen, **case, peers=args.peers)
+            record = {"op": name, **chosen, **case, "elements": op.elements(case["shape"])}
+            table.append(record | timing.compare(calls, pairs, args))
+        print_table(name, op, table)
+        records += table
+    return records
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -78,134 +113,110 @@ def cells(record, subject, name, over):
         seconds = record["seconds"].get(name, {}).get("median")
         return [time_text(seconds), f"{seconds / record['elements'] * 1e9:.3f}"] if seconds else None
     ratio = record["ratios"].get(f"{name} / {over.format(subject)}")
-    return [f"{number_text(ratio['median'])} ({number_text(ratio['min'])})"] if ratio else None
+    return [output.ratio_text(ratio)] if ratio else None
 
 
-def print_table(op, records):
-    labels = [name for name in op.PARAMS if name not in op.TABLE_BY]
+def print_table(name, op, records):
     # A peer that was not measured gets no column.
     columns = [c for c in op.COLUMNS if any(cells(r, s, *c[1:]) for r in records for s in op.SUBJECTS)]
-    title = ", ".join(f"{name} {records[0][name]}" for name in op.TABLE_BY)
-    table = Table(*labels, "", title=f"{op.__name__}: {title}", box=box.SIMPLE_HEAD, pad_edge=False)
-    for header, _, over in columns:
-        for text in [header] if over else [header, "ns/elem"]:
-            table.add_column(text, justify="right")
+    header = ["shape", "threads", ""]
+    for text, _, over in columns:
+        header += [text] if over else [text, "ns/elem"]
+    rows = []
     for record in records:
         for subject in op.SUBJECTS:
-            row = [label(record[name]) for name in labels] + [subject]
+            row = [label(record["shape"]), str(record["threads"]), subject]
             for column in columns:
-                row += cells(record, subject, *column[1:]) or (["-"] if column[2] else ["-", "-"])
-            table.add_row(*row)
-    console.print(table)
+                row += cells(record, subject, *column[1:]) or ["-"] * (1 if column[2] else 2)
+            rows.append(row)
+    title = ", ".join(f"{by} {records[0][by]}" for by in op.TABLE_BY)
+    output.print_table(f"{name}: {title}", header, rows, left=3)
 
 
-def print_markdown(op, records, env):
-    """The README's table: the first of everything in TABLE_BY, all threads."""
-    first = {name: records[0][name] for name in op.TABLE_BY}
+def print_details(details):
+    """What a module with details() has to say beside times."""
+    rows = [["" if v is None else v if isinstance(v, str) else number_text(v) for v in d.values()] for d in details]
+    output.print_table("beside times", list(details[0]), rows, left=2)
+    return details
+
+
+def losses(records):
+    """Where a peer was quicker: (record, ratio's name, ratio), the worst first."""
+    found = [
+        (record, name, ratio)
+        for record in records
+        for name, ratio in record["ratios"].items()
+        if name.startswith(cases.load(record["op"]).PEERS) and ratio["median"] < 1
+    ]
+    return sorted(found, key=lambda loss: loss[2]["median"])
+
+
+def loss_rows(records):
+    for record, name, ratio in losses(records):
+        by = " ".join(str(record[k]) for k in ("dtype", "rate") if k in record)
+        yield [record["op"], name, by, label(record["shape"]), str(record["threads"]), output.ratio_text(ratio)]
+
+
+LOSS_HEADER = ["op", "ratio of times", "dtype, rate", "shape", "threads", "median (min)"]
+
+
+def print_losses(records):
+    rows = list(loss_rows(records))
+    if rows:
+        output.print_table("Where a peer is quicker", LOSS_HEADER, rows, left=4)
+
+
+def markdown(result, name):
+    """The documentation's table: the first of everything in TABLE_BY, most threads."""
+    op, records = cases.load(name), [r for r in result["records"] if r["op"] == name]
+    first = {by: records[0][by] for by in op.TABLE_BY}
     rows = [r for r in records if first.items() <= r.items()]
-    rows = [r for r in rows if r["threads"] == rows[-1]["threads"]]
-    columns = {title: name for title, name in op.MARKDOWN.items() if any(name in r["seconds"] for r in rows)}
-    what = ", ".join(f"{name} {value}" for name, value in first.items())
-    versions = ", ".join(f"{package} {env[package]}" for package in op.PACKAGES if env[package] != "not installed")
-    print(f"\n{what}, {rows[0]['threads']} threads, on {env['cpu']} ({env['instruction set']}); {versions}.\n")
-    row_of = next(name for name in op.PARAMS if name not in (*op.TABLE_BY, "threads"))
-    print(f"| {row_of} |", " | ".join(columns), "|")
-    print("|---:|" + "---:|" * len(columns))
-    for row in rows:
-        seconds = [row["seconds"].get(name) for name in columns.values()]
-        print(f"| {label(row[row_of])} |", " | ".join(time_text(s["median"]) if s else "" for s in seconds), "|")
+    rows = [r for r in rows if r["threads"] == max(r["threads"] for r in rows)]
+    columns = {title: key for title, key in op.MARKDOWN.items() if any(key in r["seconds"] for r in rows)}
+    what = ", ".join(f"{by} {value}" for by, value in first.items())
+    where = f"{machine.title(result['machine'])}; {machine.versions(result['machine'], op.PACKAGES)}"
+    body = [
+        [
+            label(row["shape"]),
+            *(time_text(row["seconds"][k]["median"]) if k in row["seconds"] else "" for k in columns.values()),
+        ]
+        for row in rows
+    ]
+    return f"{what}, {rows[0]['threads']} threads, on {where}.\n\n{output.markdown_table(['shape', *columns], body)}"
 
 
 # ---- Plot ------------------------------------------------------------------------------------------------------------
 
 
-def plot(op, records, path):
-    """Time an element against size: a panel for each dtype and number of threads."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    by, *rest = op.TABLE_BY
-    first = {name: records[0][name] for name in rest}  # one rate is enough
-    records = [r for r in records if first.items() <= r.items()]
-    rows, threads = (list(dict.fromkeys(r[name] for r in records)) for name in (by, "threads"))
-    names = list(dict.fromkeys(name for r in records for name in r["seconds"]))  # a name has one colour in all panels
-    size = (6 * len(threads), 3.6 * len(rows))
-    fig, axes = plt.subplots(
-        len(rows), len(threads), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
-    for (i, row), (j, n), (k, name) in itertools.product(enumerate(rows), enumerate(threads), enumerate(names)):
-        chosen = [r for r in records if r[by] == row and r["threads"] == n and name in r["seconds"]]
-        if not chosen:
-            continue
-        elements = [r["elements"] for r in chosen]
-        ns = [r["seconds"][name]["median"] / r["elements"] * 1e9 for r in chosen]
-        ours = any(name.startswith(subject) for subject in op.SUBJECTS)
-        axes[i][j].loglog(elements, ns, "o-" if ours else "s--", color=f"C{k}", label=name, markersize=4)
-        axes[i][j].set_title(", ".join(map(str, [row, *(f"{a} {b}" for a, b in first.items()), f"threads {n}"])))
-        axes[i][j].grid(visible=True, alpha=0.3)
-    for ax in axes[-1]:
-        ax.set_xlabel("elements")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("ns an element")
-    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    fig.savefig(path, dpi=110)
-    console.print(f"wrote {path}")
-
-
-# ---- Command line ----------------------------------------------------------------------------------------------------
-
-
-def print_details(details):
-    """What a module with details() has to say beside times."""
-    table = Table(*details[0], box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in details:
-        table.add_row(*("" if v is None else v if isinstance(v, str) else number_text(v) for v in row.values()))
-    console.print(table)
-
-
-MODULES = {"batchnorm": "batchnorm", "dropout": "dropout", "jax": "jax_ops"}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=MODULES)
-    parser.add_argument("--quick", action="store_true", help="a few cases only, under half a minute")
-    parser.add_argument("--sizes", dest="size", type=integer, nargs="+")
-    parser.add_argument("--dtypes", dest="dtype", nargs="+")
-    parser.add_argument("--rates", dest="rate", type=float, nargs="+")
-    parser.add_argument("--shapes", dest="shape", nargs="+", help='of batchnorm, for example "32,56,56,64 NHWC"')
-    parser.add_argument("--cases", dest="case", nargs="+", help='of jax, for example "dropout 1,000,000"')
-    parser.add_argument("--threads", type=int, nargs="+")
-    peers = ["NumPy", "PyTorch", "Flax", "oneDNN"]
-    parser.add_argument("--peers", nargs="*", default=peers, help=f"any of {' '.join(peers)}")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--markdown", action="store_true", help="also print the README's table")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file and the plot")
-    args = parser.parse_args()
-
-    op = importlib.import_module(MODULES[args.op])
-    defaults = op.QUICK if args.quick else op.PARAMS
-    params = {name: tuple(getattr(args, name) or defaults[name]) for name in op.PARAMS}
-    for dtype in params["dtype"]:
-        if reason := skip(dtype):
-            console.print(f"[yellow]skipped[/] {dtype}: {reason}")
-    params["dtype"] = tuple(dtype for dtype in params["dtype"] if not skip(dtype))
-    env = environment(op.PACKAGES)
-    show_environment(env)
-    check(op, params)
-    records = measure(op, params, args.rounds, args.peers)
-    console.print(op.NOTES, style="dim")
-    details = list(op.details(params["case"])) if hasattr(op, "details") else []
-    if details:
-        print_details(details)
-    write_json(args.out / f"compare-{args.op}.json", environment=env, records=records, details=details)
-    plot(op, records, args.out / f"compare-{args.op}.png")
-    if args.markdown:
-        print_markdown(op, records, env)
-
-
-if __name__ == "__main__":
-    main()
+def plot(name, records, found, path):
+    """Time an element for each shape: a panel for each dtype, all threads."""
+    op = cases.load(name)
+    first = {by: records[0][by] for by in op.TABLE_BY if by != "dtype"}  # one rate is enough
+    most = max(r["threads"] for r in records)
+    records = [r for r in records if first.items() <= r.items() and r["threads"] == most]
+    dtypes = list(dict.fromkeys(r["dtype"] for r in records))
+    names = list(dict.fromkeys(n for r in records for n in r["seconds"]))  # a name has one colour in all panels
+    numeric = not isinstance(records[0]["shape"], str)
+    fig, axes = output.figure(len(dtypes), 1, machine.title(found), size=(9, 3.4 if numeric else 4.2))
+    for ax, dtype in zip(axes[:, 0], dtypes, strict=True):
+        for k, contender in enumerate(names):
+            chosen = [r for r in records if r["dtype"] == dtype and contender in r["seconds"]]
+            ns = [r["seconds"][contender]["median"] / r["elements"] * 1e9 for r in chosen]
+            peer = contender.startswith(op.PEERS)
+            style = ("s--" if peer else "o-") if numeric else ("s" if peer else "o")
+            ax.plot(
+                [r["shape"] for r in chosen],
+                ns,
+                style,
+                color=f"C{k}" if k < 10 else f"C{k - 10}",
+                fillstyle="full" if k < 10 else "none",
+                label=contender,
+                markersize=4,
+            )
+        what = ", ".join([dtype, *(f"{a} {b}" for a, b in first.items()), f"{most} threads"])
+        ax.set(title=f"{name}, {what}", ylabel="time an element [ns]", yscale="log")
+        if numeric:
+            ax.set(xlabel="elements", xscale="log")
+        else:
+            ax.tick_params("x", rotation=90, labelsize=7)
+    output.save(fig, path)

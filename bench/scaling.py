@@ -1,123 +1,309 @@
-"""How the time of one op falls with the number of threads, for several sizes or shapes, beside a copy by one thread.
+"""How the time of a call falls with the number of threads, from 100 bytes to 1 GB.
 
-    python bench/scaling.py dropout [--threads 1 2 4] [--sizes 1e6 1.6e7]
-    python bench/scaling.py batchnorm [--threads 1 2 4] [--shapes "32,56,56,64 NHWC"]
+    python -m bench scaling [--quick] [--calls philox forward] [--sizes 1e6 1e7] [--threads 1 2] [--neighbour] [--stores]
 
-All numbers of threads take turns, and so does the copy: see compare.py.  The figures go to a JSON file and a plot.
+Strong: the same array for any number of threads.  Weak: an array for each thread.  Threads are used at every size, also
+where the library would not: `pay from` is where they begin to win, in time of one thread, and beside it is what is built
+in.  Efficiency is the speedup over the number of threads; `copy` is that of pyreg's dropout at rate 0, which is a copy
+by as many threads: no kernel can scale better for long.
+
+--neighbour adds a process that computes all the time.  A parallel region ends when its slowest thread does, and a thread
+that shares its CPU may wait for a whole time slice: so the tail counts, too.
+--stores finds where stores around the cache win (they are built in from the size of the last-level cache on).
 """
 
-import argparse
-import importlib
-from pathlib import Path
+import contextlib
+import signal
+import subprocess
+import sys
+import time
 
-from rich import box
-from rich.progress import track
-from rich.table import Table
-from timing import (
-    console,
-    cpus,
-    environment,
-    integer,
-    interleave,
-    label,
-    number_text,
-    show_environment,
-    summary,
-    time_text,
-    write_json,
-)
+import numpy as np
 
-import pyreg
+from bench import cases, machine, output, timing
+from bench.output import bytes_text, console, number_text, time_text
+from bench.timing import with_threads
+from pyreg import _core
+
+CHANNELS = 64
 
 
-def with_threads(n, call):
-    """A call that sets the number of threads first: one store, much quicker than any size worth scaling."""
+def add_arguments(parser):
+    parser.add_argument("--calls", nargs="+", choices=cases.shapes("scaling")["calls"])
+    parser.add_argument("--sizes", type=output.integer, nargs="+", help="bytes of x")
+    parser.add_argument("--threads", type=int, nargs="+", default=machine.thread_counts(), help="1 is added")
+    parser.add_argument("--neighbour", action="store_true", help="also with a busy process")
+    parser.add_argument("--stores", action="store_true", help="also with and without stores around the cache")
+    timing.add_arguments(parser)
+    parser.set_defaults(seconds=3.0)
 
-    def run():
-        pyreg.set_num_threads(n)
-        call()
 
-    return run
+def run(args):
+    found = output.start(args)
+    config = cases.shapes("scaling")
+    sizes = config["quick" if args.quick else "full"]
+    if args.sizes:
+        sizes = dict.fromkeys(sizes, args.sizes)
+    sizes = {name: [int(n) for n in values] for name, values in sizes.items()}
+    args.threads = sorted({1, *args.threads})
+    calls = {call: config["calls"][call] for call in args.calls or config["calls"]}
+
+    records = {"strong": each(strong, "strong scaling", calls, sizes["bytes"], args)}
+    records["pay from"] = pay_from(records["strong"], args.threads)
+    print_strong(records["strong"])
+    print_pay_from(records["pay from"], "")
+    if args.threads[-1] > 1:
+        records["weak"] = each(weak, "weak scaling", calls, sizes["weak"], args)
+        print_weak(records["weak"])
+    if args.neighbour:
+        records["neighbour"] = each(beside_neighbour, "busy neighbour", calls, sizes["neighbour"], args)
+        print_neighbour(records["neighbour"])
+    if args.stores:
+        records["stores"] = each(stores, "stores around the cache", ("inference", "backward"), sizes["stores"], args)
+        print_stores(records["stores"])
+    _core.set_gears()
+    output.finish(args, found, records, lambda path: plot(records, found, path), built=built_in())
+    if args.markdown:
+        print(f"\n{markdown({'machine': found, 'records': records})}")
 
 
-def measure(op, subject, value, threads, rounds):
-    case = {**op.FIXED, op.SWEEP: value}
-    calls = op.contenders(**case, threads=1, peers=())
-    copy, ours = with_threads(1, calls[op.COPY]), calls[subject]
-    seconds = interleave({"copy": copy, **{str(n): with_threads(n, ours) for n in threads}}, rounds)
+def built_in():
+    return {name: timing.BUILT[name] for name in ("parallel_from_ns", "cache_bytes")}
+
+
+def each(measure, text, calls, sizes, args):
+    pairs = [(call, n) for n in sizes for call in calls]
+    return [measure(call, n, args) for call, n in output.progress(pairs, text)]
+
+
+def call_of(name, nbytes):
+    """The call on an array of so many bytes, the copy of it, and its elements."""
+    op = cases.load(cases.shapes("scaling")["calls"][name])
+    elements = max(1, nbytes // 4)
+    shape = elements
+    if op.__name__.endswith("batchnorm"):
+        rows = max(1, elements // CHANNELS)
+        shape, elements = f"{rows},{CHANNELS}", rows * CHANNELS
+    calls = op.contenders(dtype="float32", shape=shape, threads=1)
+    return calls[f"{name} out="], calls["copy"], elements
+
+
+# ---- Strong and weak -------------------------------------------------------------------------------------------------
+
+
+def scaled(times, threads):
+    """Speedups over one thread: of the call, of the copy, and the efficiencies."""
+    speedup = {n: times["ratios"][f"1 / {n}"]["median"] for n in threads[1:]}
+    copy = {n: times["ratios"][f"copy 1 / copy {n}"]["median"] for n in threads[1:]}
     return {
-        "subject": subject,
-        **case,
-        "elements": op.elements(**case),
-        "seconds": {name: summary(s) for name, s in seconds.items()},
-        "speedup": {str(n): summary(seconds[str(threads[0])] / seconds[str(n)]) for n in threads},
+        "efficiency": {str(n): speedup[n] / n for n in speedup},
+        "copy efficiency": {str(n): copy[n] / n for n in copy},
     }
 
 
-def print_table(op, records, threads):
-    title = ", ".join(f"{name} {value}" for name, value in op.FIXED.items())
-    table = Table(op.SWEEP, "", title=f"{op.__name__}: {title}", box=box.SIMPLE_HEAD)
-    table.add_column(f"{op.COPY}, 1 thread", justify="right")
-    for n in threads:
-        table.add_column(f"{n} threads" if n > 1 else "1 thread", justify="right")
-    for record in records:
-        row = [time_text(record["seconds"]["copy"]["median"])]
-        for n in map(str, threads):
-            speedup = record["speedup"][n]["median"]
-            row.append(f"{time_text(record['seconds'][n]['median'])} ({number_text(speedup)}x)")
-        table.add_row(label(record[op.SWEEP]), record["subject"], *row)
-    console.print(table)
+def strong(name, nbytes, args):
+    call, copy, elements = call_of(name, nbytes)
+    calls = {str(n): with_threads(n, call, parallel_from=0) for n in args.threads}
+    calls |= {f"copy {n}": with_threads(n, copy, parallel_from=0) for n in args.threads}
+    pairs = [(f"{kind}1", f"{kind}{n}") for n in args.threads[1:] for kind in ("", "copy ")]
+    times = timing.compare(calls, pairs, args)
+    return {"call": name, "bytes": nbytes, "elements": elements, **times, **scaled(times, args.threads)}
 
 
-def plot(op, records, threads, path):
-    import matplotlib as mpl
+def weak(name, nbytes, args):
+    """The same work for each thread: the time should stay."""
+    calls = {}
+    for n in args.threads:
+        call, copy, elements = call_of(name, n * nbytes)
+        calls[str(n)] = with_threads(n, call, parallel_from=0)
+        calls[f"copy {n}"] = with_threads(n, copy, parallel_from=0)
+    pairs = [(f"{kind}1", f"{kind}{n}") for n in args.threads[1:] for kind in ("", "copy ")]
+    times = timing.compare(calls, pairs, args)
+    efficiency = {str(n): times["ratios"][f"1 / {n}"]["median"] for n in args.threads[1:]}
+    copies = {str(n): times["ratios"][f"copy 1 / copy {n}"]["median"] for n in args.threads[1:]}
+    return {"call": name, "bytes": nbytes, **times, "efficiency": efficiency, "copy efficiency": copies}
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    subjects = list(dict.fromkeys(r["subject"] for r in records))
-    fig, axes = plt.subplots(1, len(subjects), figsize=(6 * len(subjects), 4.5), squeeze=False, sharey=True)
-    for ax, subject in zip(axes[0], subjects, strict=True):
-        chosen = [r for r in records if r["subject"] == subject]
-        for name in ["copy", *map(str, threads)]:
-            ns = [r["seconds"][name]["median"] / r["elements"] * 1e9 for r in chosen]
-            style, text = ("k--", f"{op.COPY}, 1 thread") if name == "copy" else ("o-", f"threads {name}")
-            ax.plot([r[op.SWEEP] for r in chosen], ns, style, label=text, markersize=4)
-        ax.set(title=subject, xlabel=op.SWEEP, ylabel="ns an element", yscale="log")
-        if isinstance(chosen[0][op.SWEEP], str):
-            ax.tick_params("x", rotation=90)
+def pay_from(records, threads):
+    """For each call: where all threads begin to win, interpolated between sizes; None: never, or at every size."""
+    found = []
+    for name in dict.fromkeys(r["call"] for r in records):
+        rows = [r for r in records if r["call"] == name]
+        for n in threads[1:]:
+            gain = np.array([np.log(r["ratios"][f"1 / {n}"]["median"]) for r in rows])
+            lost = np.flatnonzero(gain <= 0)
+            crossing = None
+            if lost.size and lost[-1] + 1 < len(rows):
+                i = lost[-1]
+                share = gain[i] / (gain[i] - gain[i + 1])
+                log = [np.log([r["bytes"], r["seconds"]["1"]["median"]]) for r in rows[i : i + 2]]
+                size, seconds = np.exp(log[0] + share * (log[1] - log[0]))
+                crossing = {"bytes": float(size), "serial seconds": float(seconds)}
+            found.append({"call": name, "threads": n, "wins": [bool(g > 0) for g in gain], "from": crossing})
+    return found
+
+
+def print_strong(records):
+    header = ["call", "bytes", "1 thread", "copy", *strong_header(records)]
+    rows = []
+    for r in records:
+        row = [r["call"], bytes_text(r["bytes"])] + [time_text(r["seconds"][k]["median"]) for k in ("1", "copy 1")]
+        rows.append(row + strong_cells(r))
+    output.print_table("strong scaling, float32: speedup (minimum), efficiency, that of a copy", header, rows)
+
+
+def strong_header(records):
+    return [t for n in records[0]["efficiency"] for t in (f"{n} threads", "efficiency", "copy's")]
+
+
+def strong_cells(r):
+    cells = []
+    for n in r["efficiency"]:
+        cells += [output.ratio_text(r["ratios"][f"1 / {n}"])]
+        cells += [f"{r[key][n]:.0%}" for key in ("efficiency", "copy efficiency")]
+    return cells
+
+
+def print_weak(records):
+    rows = [[r["call"], bytes_text(r["bytes"]), *weak_cells(r)] for r in records]
+    header = ["call", "bytes a thread", *(t for n in records[0]["efficiency"] for t in (f"{n} threads", "copy's"))]
+    output.print_table("weak scaling: time of one thread over that of all", header, rows)
+
+
+def weak_cells(r):
+    return [f"{r[key][n]:.0%}" for n in r["efficiency"] for key in ("efficiency", "copy efficiency")]
+
+
+def print_pay_from(found, where):
+    built = built_in()["parallel_from_ns"]
+    for f in found:
+        crossing = f["from"]
+        if crossing:
+            text = f"from {bytes_text(crossing['bytes'])}, {time_text(crossing['serial seconds'])} of one thread"
         else:
-            ax.set_xscale("log")
-        ax.grid(visible=True, alpha=0.3)
-        ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    console.print(f"wrote {path}")
+            text = "at every size" if all(f["wins"]) else "at no size: the largest loses, too"
+        console.print(
+            f"{f['call']}: {f['threads']} threads pay {text}{where} (built in: {built / 1e3:.0f} us, estimated)"
+        )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=["batchnorm", "dropout"])
-    parser.add_argument("--threads", type=int, nargs="+", default=list(range(1, cpus() + 1)))
-    parser.add_argument("--sizes", dest="size", type=integer, nargs="+")
-    parser.add_argument("--shapes", dest="shape", nargs="+")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file and the plot")
-    args = parser.parse_args()
+# ---- A busy neighbour ------------------------------------------------------------------------------------------------
 
-    op = importlib.import_module(args.op)
-    env = environment()
-    show_environment(env)
-    large = [value for value in op.PARAMS[op.SWEEP] if op.elements(**{op.SWEEP: value}) >= 10_000]
-    cases = [(subject, value) for subject in op.SWEPT for value in getattr(args, op.SWEEP) or large]
-    records = [
-        measure(op, subject, value, args.threads, args.rounds)
-        for subject, value in track(cases, "scaling", console=console, transient=True)
+# It ends by itself after ten minutes, should this process be killed before it can do that.
+BUSY = "import time\nend = time.monotonic() + 600\nwhile time.monotonic() < end: pass"
+
+
+@contextlib.contextmanager
+def neighbour():
+    """A process that computes after SIGCONT and stops at SIGSTOP."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def times_of(call, seconds):
+    """The time of each call, one after the other, for so long."""
+    times = []
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end or len(times) < 3:
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def beside_neighbour(name, nbytes, args):
+    """The distribution of the time, idle and with the neighbour, in turns; over the median of one idle thread."""
+    call, _, _ = call_of(name, nbytes)
+    times = {(n, busy): [] for busy in (False, True) for n in args.threads}
+    with neighbour() as process:
+        for _ in range(3):
+            for (n, busy), kept in times.items():
+                process.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
+                time.sleep(0.05)  # lets the scheduler settle
+                kept += times_of(with_threads(n, call, parallel_from=0), args.seconds / 30)
+            process.send_signal(signal.SIGSTOP)
+    base = float(np.median(times[1, False]))
+    rows = []
+    for (n, busy), kept in times.items():
+        found = {"mean": np.mean(kept), "median": np.median(kept), "p90": np.percentile(kept, 90), "max": np.max(kept)}
+        over = {k: float(v) / base for k, v in found.items()}
+        rows.append({"threads": n, "busy": busy, "calls": len(kept), **over})
+    return {"call": name, "bytes": nbytes, "base seconds": base, "rows": rows}
+
+
+NEIGHBOUR_HEADER = ["call", "bytes", "threads", "neighbour", "mean", "median", "90 %", "longest"]
+
+
+def neighbour_rows(records):
+    for r in records:
+        for row in r["rows"]:
+            numbers = (number_text(row[k]) for k in ("mean", "median", "p90", "max"))
+            yield [r["call"], bytes_text(r["bytes"]), str(row["threads"]), "busy" if row["busy"] else "-", *numbers]
+
+
+def print_neighbour(records):
+    title = "with a busy neighbour: times over the median of one thread without it"
+    output.print_table(title, NEIGHBOUR_HEADER, neighbour_rows(records))
+
+
+# ---- Stores around the cache -----------------------------------------------------------------------------------------
+
+
+def stores(name, nbytes, args):
+    """The time with ordinary stores over that with stores around the cache, all threads."""
+    call, _, elements = call_of(name, nbytes)
+    n = args.threads[-1]
+
+    around, ordinary = (with_threads(n, call, cache_bytes=size) for size in (1, sys.maxsize))
+    times = timing.compare({"around": around, "ordinary": ordinary}, [("ordinary", "around")], args)
+    return {"call": name, "bytes": nbytes, "elements": elements, "threads": n, **times}
+
+
+def print_stores(records):
+    rows = [[r["call"], bytes_text(r["bytes"]), output.ratio_text(r["ratios"]["ordinary / around"])] for r in records]
+    output.print_table("ordinary stores over stores around the cache", ["call", "bytes of x", "ratio"], rows)
+    cache = built_in()["cache_bytes"]
+    console.print(f"built in: around from {bytes_text(cache)} on, of all arrays together; dropout tries both by itself")
+
+
+# ---- Documentation ---------------------------------------------------------------------------------------------------
+
+
+def markdown(result):
+    records = result["records"]
+    rows = [
+        [r["call"], bytes_text(r["bytes"]), time_text(r["seconds"]["1"]["median"]), *strong_cells(r)]
+        for r in records["strong"]
     ]
-    print_table(op, records, args.threads)
-    write_json(args.out / f"scaling-{args.op}.json", environment=env, records=records)
-    plot(op, records, args.threads, args.out / f"scaling-{args.op}.png")
+    parts = [
+        f"Strong scaling, float32, on {machine.title(result['machine'])}: speedup (its minimum), efficiency, a copy's.",
+        output.markdown_table(["call", "bytes", "1 thread", *strong_header(records["strong"])], rows, left=1),
+    ]
+    return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
-    main()
+def plot(records, found, path):
+    """Speedup over bytes: a panel for each number of threads."""
+    strong = records["strong"]
+    threads = list(strong[0]["efficiency"])
+    fig, axes = output.figure(1, max(1, len(threads)), machine.title(found), size=(6.5, 4))
+    for ax, n in zip(axes[0], threads, strict=False):
+        for k, name in enumerate(dict.fromkeys(r["call"] for r in strong)):
+            rows = [r for r in strong if r["call"] == name]
+            ax.plot(
+                [r["bytes"] for r in rows],
+                [r["efficiency"][n] * int(n) for r in rows],
+                "o-",
+                color=f"C{k}",
+                label=name,
+                markersize=4,
+            )
+        rows = [r for r in strong if r["call"] == strong[0]["call"]]
+        ax.plot([r["bytes"] for r in rows], [r["copy efficiency"][n] * int(n) for r in rows], "k--", label="copy")
+        ax.axhline(1, color="k", linewidth=0.5)
+        ax.set(title=f"{n} threads", xlabel="bytes of x", ylabel="speedup over one thread", xscale="log", yscale="log")
+    output.save(fig, path)

@@ -1,150 +1,89 @@
-"""What the benchmarks share: interleaved timing, ratios, the machine they ran on, tables and files."""
+"""Interleaved timing, and what is said of the samples."""
 
-import json
 import math
-import os
-import platform
 import time
 import timeit
-from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
-
-# A setting made for another CPU would slow NumPy's matrix products down.  It is read when NumPy is loaded.
-os.environ.pop("OPENBLAS_CORETYPE", None)
 
 import numpy as np
-from rich.console import Console
 
 import pyreg
+from pyreg import _core
 
 SAMPLE_SECONDS = 0.4e-3  # quick calls are repeated until a sample is about this long
 WARM_BELOW_SECONDS = 5e-3  # quicker ones run once untimed before each sample: what came before has filled the caches
-
-console = Console(width=max(Console().width, 150), highlight=False)
-
-
-# ---- Timing ----------------------------------------------------------------------------------------------------------
+UNSTEADY = 0.1  # a median that moves by more than this within the run would not come out again
+LEAST_ROUNDS = 7
 
 
-def interleave(contenders, rounds):
+def add_arguments(parser):
+    parser.add_argument("--rounds", type=int, default=20, help="in which contenders take turns (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help=f"a case, from round {LEAST_ROUNDS} on (%(default)s)"
+    )
+
+
+def interleave(contenders, args, pairs=()):
     """Seconds a call of each contender, one sample in each round: A B C, A B C, ...
 
     Other work on the machine comes and goes in seconds.  It hits neighbouring samples alike, so the ratios of two
-    contenders within a round are steadier than their times.
+    contenders within a round are steadier than their times.  While the median ratio of a pair is unsteady there are
+    more rounds, up to three times as many.
     """
     timers = {name: timeit.Timer(call) for name, call in contenders.items()}
-    seconds = {name: np.empty(rounds) for name in contenders}
-    calls = {}
+    calls, samples = {}, {name: [] for name in contenders}
     for name, timer in timers.items():
         timer.timeit(1)  # compiles, starts threads, touches memory
         calls[name] = max(1, math.ceil(SAMPLE_SECONDS / timer.timeit(1)))
-    for r in range(rounds):
+    start = time.perf_counter()
+    for done in range(3 * args.rounds):
+        spent = time.perf_counter() - start
+        if done >= min(args.rounds, LEAST_ROUNDS) and spent > args.seconds:
+            break
+        if done % args.rounds == 0 and done and not any(unsteady(summary(ratio(samples, *pair))) for pair in pairs):
+            break
         for name, timer in timers.items():
-            if r == 0 or seconds[name][r - 1] < WARM_BELOW_SECONDS:
+            if not samples[name] or samples[name][-1] < WARM_BELOW_SECONDS:
                 timer.timeit(1)
-            seconds[name][r] = timer.timeit(calls[name]) / calls[name]
-    return seconds
+            samples[name].append(timer.timeit(calls[name]) / calls[name])
+    return {name: np.array(s) for name, s in samples.items()}
+
+
+def ratio(samples, a, b):
+    return np.array(samples[a]) / np.array(samples[b])
 
 
 def summary(samples):
-    return {"min": float(np.min(samples)), "median": float(np.median(samples))}
+    """spread: how far the median of a third of the run is from that of the whole, at most."""
+    median = np.median(samples)
+    thirds = [np.median(third) for third in np.array_split(samples, 3) if len(third)]
+    spread = max(abs(third / median - 1) for third in thirds)
+    return {"min": float(np.min(samples)), "median": float(median), "spread": float(spread)}
 
 
-def numpy_dtype(name):
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
+def unsteady(ratio):
+    return ratio["spread"] > UNSTEADY
 
 
-def skip(dtype):
-    """Why a dtype cannot be measured here, or None."""
-    return "ml_dtypes is not installed" if dtype == "bfloat16" and not find_spec("ml_dtypes") else None
-
-
-# ---- The machine -----------------------------------------------------------------------------------------------------
-
-
-def cpus():
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def cpu_model():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def environment(packages=("numpy", "ml_dtypes")):
-    """What a reader must know to compare the figures with others."""
-    build = pyreg.show_config("dicts")
+def compare(contenders, pairs, args):
+    """The summaries of all times, and of the ratios a / b of the pairs (a, b) that are there."""
+    pairs = [(a, b) for a, b in pairs if a in contenders and b in contenders]
+    samples = interleave(contenders, args, pairs)
     return {
-        "cpu": cpu_model(),
-        "cpus": cpus(),
-        "last-level cache": f"{build['cache_bytes'] / 2**20:.1f} MiB",
-        "instruction set": build["isa"],
-        "compiler": build["compiler"],
-        "OpenMP": Path(build["openmp_library"]).name,
-        "python": platform.python_version(),
-        "pyreg": pyreg.__version__,
-        **{package: version(package) or "not installed" for package in packages},
+        "rounds": len(next(iter(samples.values()))),
+        "seconds": {name: summary(s) for name, s in samples.items()},
+        "ratios": {f"{a} / {b}": summary(ratio(samples, a, b)) for a, b in pairs},
     }
 
 
-def busy_cpus(seconds=0.5):
-    """How many CPUs were busy with any process over this time."""
-
-    def read():
-        user, nice, system, idle, iowait, irq, softirq, steal, *_ = (
-            int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        )
-        return user + nice + system + irq + softirq + steal, idle + iowait
-
-    busy, idle = read()
-    time.sleep(seconds)
-    busy_after, idle_after = read()
-    used, rest = busy_after - busy, idle_after - idle
-    return os.cpu_count() * used / max(1, used + rest)
+BUILT = _core.config()  # the sizes at which calls change gear, for one
 
 
-# ---- What is printed and written -------------------------------------------------------------------------------------
+def with_threads(n, call, parallel_from=BUILT["parallel_from_ns"], cache_bytes=BUILT["cache_bytes"]):
+    """A call that first sets the number of threads, and the sizes at which calls change gear: a few stores."""
 
+    def run():
+        pyreg.set_num_threads(n)
+        _core.set_gears(parallel_from, cache_bytes)
+        call()
 
-def show_environment(env):
-    for name, value in env.items():
-        console.print(f"[dim]{name:>17}[/]  {value}")
-
-
-def time_text(seconds):
-    unit, scale = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
-    return f"{number_text(seconds * scale)} {unit}"
-
-
-def number_text(value):
-    """Three significant digits without an exponent."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def integer(text):
-    return int(float(text))  # 1.6e7 is easier to read
-
-
-def label(value):
-    return value if isinstance(value, str) else f"{value:,}"
-
-
-def write_json(path, **content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    console.print(f"wrote {path}")
+    return run

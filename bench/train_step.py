@@ -1,33 +1,25 @@
-"""Time one jitted training step of a transformer: dropout off, Flax's, and pyreg's.
+"""Time one jitted training step: dropout off, Flax's, and pyreg's.
 
-    python bench/train_step.py [--quick] [--rounds 15]
+    python -m bench train_step [--quick] [--models transformer-256] [--rounds 20]
 
-Dropout 0.1 at attention weights, residual branches and the MLP's hidden layer.  The variants take turns; a ratio is
-taken within each turn, and the table gives the medians.  Flax's is also run under pyreg.jax.accelerate_random().
-Parameters after five steps are compared bit for bit with those of Flax's.
+The transformer has dropout 0.1 at attention weights, residual branches and the MLP's hidden layer.  The variants take
+turns; a ratio is taken within each turn, and the table gives the medians.  Flax's is also run under
+pyreg.jax.accelerate_random().  Parameters after five steps are compared bit for bit with those of Flax's.
 """
 
-import argparse
 import contextlib
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.table import Table
-from timing import console, environment, number_text, show_environment, summary, time_text, write_json
 
 import pyreg.jax
+from bench import machine, output, timing
+from bench.output import number_text, time_text
 
 RATE = 0.1
-SHAPES = {  # width, layers, sequence, batch
-    "d=256, 4 layers, s=128, b=16": (256, 4, 128, 16),
-    "d=128, 2 layers, s=128, b=64": (128, 2, 128, 64),
-}
-QUICK = {"d=64, 1 layer, s=32, b=8": (64, 1, 32, 8)}
-
 DROPOUTS = {
     "off": lambda x, key: x,
     "Flax": lambda x, key: nnx.Dropout(RATE, deterministic=False)(x, rngs=key),
@@ -40,7 +32,7 @@ DROPOUTS = {
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 
-def parameters(width, layers):
+def transformer_parameters(width, layers):
     rng = np.random.default_rng(0)
 
     def matrix(rows, columns):
@@ -57,7 +49,7 @@ def layer_norm(x):
     return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
 
 
-def loss(params, x, target, key, dropout):
+def transformer_loss(params, x, target, key, dropout):
     batch, length, width = x.shape
     for i, layer in enumerate(params):
         keys = jax.random.split(jax.random.fold_in(key, i), 4)
@@ -71,84 +63,130 @@ def loss(params, x, target, key, dropout):
     return jnp.mean((x - target) ** 2)
 
 
-def compiled_step(name, params, x, target, key):
-    """The step, and the seconds it took to compile."""
+def transformer(width, layers, length, batch):
+    x, target = jax.random.normal(jax.random.key(1), (2, batch, length, width))
+    return transformer_parameters(width, layers), transformer_loss, (x, target)
 
-    def step(params, x, target, key):
-        gradients = jax.grad(loss)(params, x, target, key, DROPOUTS[name])
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
 
-    with pyreg.jax.accelerate_random() if name.endswith("accelerated") else contextlib.nullcontext():
-        lowered = jax.jit(step).lower(params, x, target, key)
-        start = time.perf_counter()
-        compiled = lowered.compile()
-        return compiled, time.perf_counter() - start
+# A model: what to call for its parameters, its loss(params, *data, key, dropout), and the data.
+MODELS = {
+    "transformer-256": (transformer, {"width": 256, "layers": 4, "length": 128, "batch": 16}),
+    "transformer-128": (transformer, {"width": 128, "layers": 2, "length": 128, "batch": 64}),
+    "transformer-64": (transformer, {"width": 64, "layers": 1, "length": 32, "batch": 8}),
+}
+FULL, QUICK = ("transformer-256", "transformer-128"), ("transformer-64",)
 
 
 # ---- The measurement -------------------------------------------------------------------------------------------------
 
 
-def measure(shape, rounds):
-    width, layers, length, batch = shape
-    params, key = parameters(width, layers), jax.random.key(0)
-    x, target = jax.random.normal(jax.random.key(1), (2, batch, length, width))
-    steps, compile_seconds, after = {}, {}, {}
+def compiled_step(name, loss, params, data, key):
+    """The step, and the seconds it took to compile."""
+
+    def step(params, data, key):
+        gradients = jax.grad(loss)(params, *data, key, DROPOUTS[name])
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+
+    with pyreg.jax.accelerate_random() if name.endswith("accelerated") else contextlib.nullcontext():
+        lowered = jax.jit(step).lower(params, data, key)
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        return compiled, time.perf_counter() - start
+
+
+def measure(model, args):
+    build, sizes = MODELS[model]
+    params, loss, data = build(**sizes)
+    key = jax.random.key(0)
+    steps, variants, after = {}, {}, {}
     for name in DROPOUTS:
-        steps[name], compile_seconds[name] = compiled_step(name, params, x, target, key)
+        step, seconds = compiled_step(name, loss, params, data, key)
         p = params
         for i in range(5):
-            p = steps[name](p, x, target, jax.random.fold_in(key, i))
+            p = step(p, data, jax.random.fold_in(key, i))
         after[name] = jax.tree.leaves(p)
-    seconds = {name: np.empty(rounds) for name in steps}
-    for r in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(params, x, target, key))
-            seconds[name][r] = time.perf_counter() - start
-    return {
-        name: {
-            "seconds": summary(seconds[name]),
-            "over off": summary(seconds[name] / seconds["off"]),
-            "compile seconds": compile_seconds[name],
-            "temporary bytes": steps[name].memory_analysis().temp_size_in_bytes,
-            "difference from Flax": max(
-                float(jnp.max(jnp.abs(a - b))) for a, b in zip(after[name], after["Flax"], strict=True)
-            ),
+        steps[name] = lambda step=step: jax.block_until_ready(step(params, data, key))
+        variants[name] = {
+            "compile seconds": seconds,
+            "temporary bytes": step.memory_analysis().temp_size_in_bytes,
         }
-        for name in steps
-    }
+    for name, variant in variants.items():
+        pairs = zip(after[name], after["Flax"], strict=True)
+        variant["difference from Flax"] = max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
+    times = timing.compare(steps, [(name, "off") for name in steps], args)
+    return {"model": model, **sizes, **times, "variants": variants}
 
 
-def print_table(title, results):
-    table = Table("dropout", "step", "/ off", "compile", "temporary", "parameters after 5 steps", title=title)
-    for name, r in results.items():
-        difference = r["difference from Flax"]
-        table.add_row(
-            name,
-            time_text(r["seconds"]["median"]),
-            f"{number_text(r['over off']['median'])} ({number_text(r['over off']['min'])})",
-            time_text(r["compile seconds"]),
-            f"{r['temporary bytes'] / 2**20:.0f} MiB",
-            "" if name == "off" or "philox" in name else "Flax's bits" if difference == 0 else f"{difference:.1e} away",
+def compared(name):
+    """Should the parameters be Flax's?"""
+    return name != "off" and "philox" not in name
+
+
+def print_model(record):
+    rows = []
+    for name, variant in record["variants"].items():
+        difference = variant["difference from Flax"]
+        rows.append(
+            [
+                name,
+                time_text(record["seconds"][name]["median"]),
+                output.ratio_text(record["ratios"][f"{name} / off"]),
+                time_text(variant["compile seconds"]),
+                f"{variant['temporary bytes'] / 2**20:.0f} MiB",
+                "" if not compared(name) else "Flax's bits" if difference == 0 else f"{difference:.1e} away",
+            ]
         )
-    console.print(table)
+    sizes = ", ".join(f"{k} {v}" for k, v in MODELS[record["model"]][1].items())
+    header = ["dropout", "step", "/ off", "compile", "temporary", "parameters after 5 steps"]
+    output.print_table(f"{record['model']}: {sizes}", header, rows)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model, in seconds")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file")
-    args = parser.parse_args()
+def markdown(result):
+    """The documentation's table: time over that without dropout, and time to compile."""
+    records = result["records"]
+    rows = [
+        [
+            name,
+            *(
+                t
+                for r in records
+                for t in (
+                    number_text(r["ratios"][f"{name} / off"]["median"]),
+                    time_text(r["variants"][name]["compile seconds"]),
+                )
+            ),
+        ]
+        for name in records[0]["variants"]
+    ]
+    header = ["dropout", *(t for r in records for t in (r["model"], "compile"))]
+    where = f"{machine.title(result['machine'])}; {machine.versions(result['machine'], ('jax', 'flax'))}"
+    return f"Time of a step over that without dropout, on {where}.\n\n{output.markdown_table(header, rows, left=1)}"
 
-    env = environment(("numpy", "jax", "flax"))
-    show_environment(env)
-    records = {}
-    for title, shape in (QUICK if args.quick else SHAPES).items():
-        records[title] = measure(shape, args.rounds)
-        print_table(title, records[title])
-    write_json(args.out / "train_step.json", environment=env, records=records)
+
+def plot(records, found, path):
+    fig, axes = output.figure(1, 1, machine.title(found), size=(7, 3.6))
+    ax, names = axes[0][0], list(records[0]["variants"])
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        medians = [r["ratios"][f"{name} / off"]["median"] for r in records]
+        ax.bar(np.arange(len(records)) + k * width, medians, width, label=name)
+    ax.set_xticks(np.arange(len(records)) + 0.4 - width / 2, [r["model"] for r in records])
+    ax.set(title="one training step", ylabel="time over that without dropout")
+    output.save(fig, path)
 
 
-if __name__ == "__main__":
-    main()
+def add_arguments(parser):
+    parser.add_argument("--models", nargs="+", choices=MODELS, help=f"any of {' '.join(MODELS)}")
+    timing.add_arguments(parser)
+    parser.set_defaults(seconds=30.0)
+
+
+def run(args):
+    found = output.start(args)
+    records = []
+    for model in output.progress(args.models or (QUICK if args.quick else FULL), "training steps"):
+        records.append(measure(model, args))
+        print_model(records[-1])
+    output.finish(args, found, records, lambda path: plot(records, found, path))
+    if args.markdown:
+        print(f"\n{markdown({'machine': found, 'records': records})}")

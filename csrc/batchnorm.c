@@ -422,7 +422,7 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     struct phase phases[3];
     size_t num = 0;
     const double work_ns = ns * (double)elements;
-    const size_t threads = work_ns > 100e3 ? (size_t)pyreg_get_num_threads() : 1;
+    const size_t threads = parallel_pays(work_ns) ? (size_t)pyreg_get_num_threads() : 1;
     /* Lines of a channel are worth finishing while they are in the cache, if all threads find enough of them. */
     const struct grid *g = &bn->sums_grid;
     const bool tiled = g->tiles * g->pieces == 1 ||

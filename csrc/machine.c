@@ -27,12 +27,15 @@ static size_t read_cache_bytes(void) {
     return last ? last : (size_t)8 << 20;
 }
 
+static size_t cache_bytes; /* 0: not read yet; every thread reads the same value */
+
 size_t machine_cache_bytes(void) {
-    static size_t bytes; /* every thread computes the same value */
-    size_t b = __atomic_load_n(&bytes, __ATOMIC_RELAXED);
-    if (!b) __atomic_store_n(&bytes, b = read_cache_bytes(), __ATOMIC_RELAXED);
+    size_t b = __atomic_load_n(&cache_bytes, __ATOMIC_RELAXED);
+    if (!b) __atomic_store_n(&cache_bytes, b = read_cache_bytes(), __ATOMIC_RELAXED);
     return b;
 }
+
+void pyreg_set_cache_bytes(size_t bytes) { __atomic_store_n(&cache_bytes, bytes, __ATOMIC_RELAXED); }
 
 size_t pyreg_cache_bytes(void) { return machine_cache_bytes(); }
 

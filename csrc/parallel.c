@@ -103,7 +103,18 @@ static bool interrupted(uint64_t *next) { /* only ever called by the thread that
 /* ---- Regions ----------------------------------------------------------------------------------------------------- */
 
 /* Below this a second thread gains little, and a team that shares its CPUs with others loses whole scheduler slices. */
-static const double parallel_from_ns = 200e3;
+static const double built_parallel_from = 200e3;
+static double set_parallel_from = -1; /* negative: as built */
+
+double pyreg_parallel_from(void) {
+    double ns;
+    __atomic_load(&set_parallel_from, &ns, __ATOMIC_RELAXED);
+    return ns < 0 ? built_parallel_from : ns;
+}
+
+void pyreg_set_parallel_from(double ns) { __atomic_store(&set_parallel_from, &ns, __ATOMIC_RELAXED); }
+
+bool parallel_pays(double serial_ns) { return serial_ns >= pyreg_parallel_from(); }
 
 static enum pyreg_status run_serial(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
     uint64_t next = serial_ns > 10e6 ? clock_ns() + interrupt_every_ns : never; /* short: not worth a clock */
@@ -121,7 +132,7 @@ enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, vo
     for (size_t p = 0; p < num_phases; p++) most = phases[p].chunks > most ? phases[p].chunks : most;
 
     int threads = 1;
-    if (serial_ns >= parallel_from_ns && !omp_in_parallel() && !atomic_load(&forked)) {
+    if (parallel_pays(serial_ns) && !omp_in_parallel() && !atomic_load(&forked)) {
         threads = pyreg_get_num_threads();
         if ((size_t)threads > most) threads = (int)most;
     }

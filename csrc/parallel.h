@@ -15,6 +15,9 @@ struct phase {
  * thread, is below what threads pay for.  PYREG_OK or PYREG_INTERRUPTED. */
 enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns);
 
+/* Is the work shared among threads, if there are any? */
+bool parallel_pays(double serial_ns);
+
 /* A monotonic clock. */
 uint64_t clock_ns(void);
 

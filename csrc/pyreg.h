@@ -147,9 +147,13 @@ int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  R
 void pyreg_set_interrupt_check(bool (*check)(void));
 bool pyreg_allow_interrupts(bool allow); /* do calls from this thread ask?  Returns the previous value, true at first */
 
-/* ---- Tests ------------------------------------------------------------------------------------------------------
+/* ---- Tests and benchmarks ---------------------------------------------------------------------------------------
  * The n-th allocation of scratch memory from now fails, once; 0: none does. */
 void pyreg_fail_allocation(long n);
+/* The two sizes at which calls change gear, so that both sides can be measured anywhere; no bit depends on them. */
+double pyreg_parallel_from(void);           /* work that is shared among threads: nanoseconds on one thread, estimated */
+void pyreg_set_parallel_from(double ns);    /* negative: as built */
+void pyreg_set_cache_bytes(size_t bytes);   /* what pyreg_cache_bytes() says; 0: as the operating system says */
 
 /* ---- Build and machine ------------------------------------------------------------------------------------------ */
 enum pyreg_status pyreg_init(void); /* chooses the instruction set: PYREG_ISA, else the best.  Call it first */

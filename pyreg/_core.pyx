@@ -85,6 +85,9 @@ cdef extern from "pyreg.h" nogil:
     void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
 
     void pyreg_fail_allocation(long n)
+    double pyreg_parallel_from()
+    void pyreg_set_parallel_from(double ns)
+    void pyreg_set_cache_bytes(size_t bytes)
 
     pyreg_status pyreg_init()
     pyreg_status pyreg_use_isa(const char *name)
@@ -346,6 +349,12 @@ def fail_allocation(long n):
     pyreg_fail_allocation(n)
 
 
+def set_gears(double parallel_from=-1, size_t cache_bytes=0):
+    """Where calls change gear: nanoseconds of work that is shared, bytes that stores go around.  For benchmarks."""
+    pyreg_set_parallel_from(parallel_from)
+    pyreg_set_cache_bytes(cache_bytes)
+
+
 # ---- Generators ------------------------------------------------------------------------------------------------------
 
 def random_block(int generator, key, counter):
@@ -407,6 +416,7 @@ def config():
         "openmp_library": pyreg_openmp_library().decode(),
         "threads": pyreg_get_num_threads(),
         "cache_bytes": pyreg_cache_bytes(),
+        "parallel_from_ns": pyreg_parallel_from(),
     }
 
 

@@ -1,43 +1,17 @@
 """Batch-norm against its peers: what is run, what is compared with what, and whether the results are right."""
 
+import math
 from importlib.util import find_spec
 
 import numpy as np
-import onednn
-from timing import cpus, numpy_dtype
-
 import pyreg
+from bench.cases import normal, onednn
+from bench.machine import cpus
 
-# ResNet-50's layers at 32 images, and those of an MLP.
-SHAPES = {
-    "32,56,56,64 NHWC": ((32, 56, 56, 64), -1),
-    "32,64,56,56 NCHW": ((32, 64, 56, 56), 1),
-    "32,56,56,256 NHWC": ((32, 56, 56, 256), -1),
-    "32,256,56,56 NCHW": ((32, 256, 56, 56), 1),
-    "32,28,28,128 NHWC": ((32, 28, 28, 128), -1),
-    "32,128,28,28 NCHW": ((32, 128, 28, 28), 1),
-    "32,14,14,256 NHWC": ((32, 14, 14, 256), -1),
-    "32,256,14,14 NCHW": ((32, 256, 14, 14), 1),
-    "32,7,7,512 NHWC": ((32, 7, 7, 512), -1),
-    "32,512,7,7 NCHW": ((32, 512, 7, 7), 1),
-    "32,7,7,2048 NHWC": ((32, 7, 7, 2048), -1),
-    "32,2048,7,7 NCHW": ((32, 2048, 7, 7), 1),
-    "8192,512": ((8192, 512), -1),
-    "128,1024": ((128, 1024), -1),
-    "8,16": ((8, 16), -1),  # the cost of a call
-}
-THREADS = tuple(sorted({1, cpus()}))
-
-PARAMS = {"dtype": ("float32", "bfloat16"), "shape": tuple(SHAPES), "threads": THREADS}
-QUICK = {"dtype": ("float32",), "shape": ("32,14,14,256 NHWC", "32,256,14,14 NCHW", "8,16"), "threads": THREADS}
 TABLE_BY = ("dtype",)
 PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax", "onednn-cpu-gomp")
-
+PEERS = ("PyTorch", "Flax", "oneDNN")
 SUBJECTS = ("forward", "inference", "backward")
-# For scaling.py and contention.py: see dropout.py.
-SWEEP, FIXED = "shape", {"dtype": "float32"}
-SWEPT, COPY = ("copy", "forward out=", "inference out=", "backward out="), "copy"
-CONTENTION = ("32,14,14,256 NHWC", "32,256,14,14 NCHW", "32,56,56,64 NHWC", "32,64,56,56 NCHW")
 # Columns of a table: header, contender, and the contender it is divided by (None: its own time).
 # Peers allocate their result, so they are compared with calls that do too; oneDNN is given its output.
 COLUMNS = (
@@ -66,15 +40,20 @@ NOTES = (
 )
 
 
-def elements(shape, **_):
-    return int(np.prod(SHAPES[shape][0]))
+def parse(text):
+    """The shape, and the axis of the channels."""
+    sizes, _, layout = text.partition(" ")
+    return tuple(map(int, sizes.split(","))), 1 if layout == "NCHW" else -1
 
 
-def contenders(dtype, shape, threads, peers=("PyTorch", "Flax", "oneDNN")):
+def elements(shape):
+    return math.prod(parse(shape)[0])
+
+
+def contenders(dtype, shape, threads, peers=()):
     """The calls to be timed, by name."""
-    shape, axis = SHAPES[shape]
-    rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal(shape, np.float32).astype(numpy_dtype(dtype)) for _ in range(2))
+    shape, axis = parse(shape)
+    x, dy = (normal(shape, dtype, seed) for seed in range(2))
     scale, bias = np.ones(shape[axis], np.float32), np.zeros(shape[axis], np.float32)
     out = np.zeros_like(x)
     pyreg.set_num_threads(threads)
@@ -84,11 +63,11 @@ def contenders(dtype, shape, threads, peers=("PyTorch", "Flax", "oneDNN")):
         calls["forward" + suffix] = lambda to=to: pyreg.batch_norm(x, scale, bias, **to)
         calls["inference" + suffix] = lambda to=to: pyreg.batch_norm_inference(x, mean, var, scale, bias, **to)
         calls["backward" + suffix] = lambda to=to: pyreg.batch_norm_backward(dy, x, mean, var, scale, **to)
-    if "PyTorch" in peers and find_spec("torch"):
+    if "PyTorch" in peers:
         calls |= torch_calls(x, dy, axis, threads)
-    if "Flax" in peers and find_spec("flax") and threads == cpus():
+    if "Flax" in peers and threads == cpus():
         calls |= flax_calls(x, dy, axis)
-    if "oneDNN" in peers and onednn.find() and threads == cpus() and dtype == "float32":
+    if "oneDNN" in peers and threads == cpus() and dtype == "float32":
         peer = onednn.OneDNN(x, dy, axis)
         calls |= {f"oneDNN {name}": getattr(peer, name) for name in SUBJECTS}
     return calls
@@ -150,9 +129,8 @@ def check(dtype):
     """Raises if a result is wrong.  Yields what was found right."""
     tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
     for name in ("32,14,14,256 NHWC", "32,256,14,14 NCHW", "8192,512"):
-        shape, axis = SHAPES[name]
-        rng = np.random.default_rng(1)
-        x, dy = (rng.standard_normal(shape, np.float32).astype(numpy_dtype(dtype)) for _ in range(2))
+        shape, axis = parse(name)
+        x, dy = (normal(shape, dtype, seed) for seed in range(2))
         others = tuple(d for d in range(len(shape)) if d != axis % len(shape))
         wide, dwide = x.astype(np.float64), dy.astype(np.float64)
         rstd = 1 / np.sqrt(wide.var(others, keepdims=True) + 1e-5)

@@ -3,33 +3,15 @@
 from importlib.util import find_spec
 
 import numpy as np
-from timing import cpus, numpy_dtype
-
 import pyreg
+from bench.cases import normal
+from bench.machine import cpus
 
 KEY = 0x0123_4567_89AB_CDEF
-RATES = (0.1, 0.5)
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-SIZES = (
-    16,  # the cost of a call
-    1_000,
-    10_000,
-    65_536,  # x and y in the second-level cache
-    1_000_000,  # in the last-level cache
-    16_000_000,  # in memory
-)
-THREADS = tuple(sorted({1, cpus()}))
-
-PARAMS = {"dtype": DTYPES, "rate": RATES, "size": SIZES, "threads": THREADS}
-QUICK = {"dtype": ("float32", "bfloat16"), "rate": (0.1,), "size": (16, 65_536, 1_000_000), "threads": THREADS}
-TABLE_BY = ("dtype", "rate")  # a table for each of these; the other parameters and the subject label its rows
+TABLE_BY = ("dtype", "rate")
 PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax")
-
+PEERS = ("NumPy", "PyTorch", "Flax")
 SUBJECTS = ("philox", "threefry")
-# For scaling.py and contention.py: the parameter that they sweep, the others, the contenders, and a copy by one thread.
-SWEEP, FIXED = "size", {"dtype": "float32", "rate": 0.1}
-SWEPT, COPY = ("philox out=", "threefry out="), "copyto"
-CONTENTION = (1_000_000, 16_000_000)
 # Columns of a table: header, contender, and the contender it is divided by (None: its own time).
 # The layer of a framework allocates its result, so it is compared with a call that does too.
 COLUMNS = (
@@ -61,18 +43,19 @@ NOTES = (
 )
 
 
-def elements(size, **_):
-    return size
+def elements(shape):
+    return int(shape)
 
 
-def contenders(dtype, rate, size, threads, peers=("NumPy", "PyTorch", "Flax")):
+def contenders(dtype, shape, threads, rate=0.1, peers=()):
     """The calls to be timed, by name."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal(size, np.float32).astype(numpy_dtype(dtype))
+    x = normal(elements(shape), dtype)
     out = np.zeros_like(x)
     keep, scale = 1 - rate, x.dtype.type(1 / (1 - rate))
     pyreg.set_num_threads(threads)
     calls = {
+        "copy": lambda: pyreg.dropout(x, 0.0, out=out),
         "copyto": lambda: np.copyto(out, x),
         "philox out=": lambda: pyreg.dropout(x, rate, key=KEY, out=out),
         "threefry out=": lambda: pyreg.dropout(x, rate, key=KEY, impl="threefry", out=out),
@@ -81,10 +64,10 @@ def contenders(dtype, rate, size, threads, peers=("NumPy", "PyTorch", "Flax")):
         "threefry": lambda: pyreg.dropout(x, rate, key=KEY, impl="threefry"),
     }
     if "NumPy" in peers:
-        calls["NumPy"] = lambda: x * (rng.random(size, dtype=np.float32) < keep) * scale
-    if "PyTorch" in peers and find_spec("torch"):
+        calls["NumPy"] = lambda: x * (rng.random(x.size, dtype=np.float32) < keep) * scale
+    if "PyTorch" in peers:
         calls["PyTorch"] = torch_call(x, rate, threads)
-    if "Flax" in peers and find_spec("flax") and threads == cpus() and dtype != "float64":
+    if "Flax" in peers and threads == cpus() and dtype != "float64":
         calls["Flax"] = flax_call(x, rate)
     return calls
 
@@ -125,7 +108,7 @@ def reference(x, mask, rate):
 def check(dtype, rate):
     """Raises if a result is wrong.  Yields what was found right."""
     n = 1_000_003  # takes the parallel path, and is no multiple of a tile
-    x = np.random.default_rng(1).standard_normal(n, np.float32).astype(numpy_dtype(dtype))
+    x = normal(n, dtype)
     tolerance = {"float32": 2e-7, "float64": 4e-16, "float16": 2e-3, "bfloat16": 1.2e-2}[dtype]
     for impl in SUBJECTS:
         mask = pyreg.dropout_mask(n, rate, key=KEY, impl=impl)

@@ -1,29 +1,20 @@
 """JAX ops against Flax's layers: what is run, what is compared with what, and whether the results are right."""
 
 import contextlib
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
-from timing import cpus
 
 import pyreg.jax
 
 RATE = 0.1
-CASES = {  # the op, and the shape of x
-    "dropout 16": ("dropout", (16,)),
-    "dropout 65,536": ("dropout", (65_536,)),
-    "dropout 1,000,000": ("dropout", (1_000_000,)),
-    "dropout 4,000,000": ("dropout", (4_000_000,)),
-    "batch-norm 32,56,56,64": ("batch_norm", (32, 56, 56, 64)),
-    "batch-norm 8192,512": ("batch_norm", (8192, 512)),
-}
-PARAMS = {"dtype": ("float32",), "case": tuple(CASES), "threads": (cpus(),)}  # JAX always uses all
-QUICK = {**PARAMS, "case": ("dropout 65,536", "dropout 1,000,000")}
 TABLE_BY = ("dtype",)
 PACKAGES = ("numpy", "jax", "flax")
+PEERS = ("Flax",)  # JAX always uses all threads
 
 SUBJECTS = ("forward", "gradient")
 COLUMNS = (
@@ -52,8 +43,14 @@ NOTES = (
 )
 
 
-def elements(case, **_):
-    return int(np.prod(CASES[case][1]))
+def parse(text):
+    """The op, and the shape of x."""
+    op, _, sizes = text.partition(" ")
+    return op, tuple(map(int, sizes.split(",")))
+
+
+def elements(shape):
+    return math.prod(parse(shape)[1])
 
 
 def layers(op, channels):
@@ -76,7 +73,7 @@ def layers(op, channels):
 
 def functions_of(case):
     """Functions to compile by name, and their operands."""
-    op, shape = CASES[case]
+    op, shape = parse(case)
     x, dy = jax.random.normal(jax.random.key(0), (2, *shape))
     key = jax.random.key(1)
     programs = {"negate": (jax.jit(lambda x: -x), (x,))}
@@ -100,12 +97,12 @@ def compile_all(case):
             yield name, lowered.compile(), operands, time.perf_counter() - start
 
 
-def contenders(dtype, case, threads, peers=("Flax",)):
+def contenders(dtype, shape, threads, peers=()):
     """The calls to be timed, by name."""
     pyreg.set_num_threads(threads)
     return {
         name: lambda program=program, operands=operands: jax.block_until_ready(program(*operands))
-        for name, program, operands, _ in compile_all(case)
+        for name, program, operands, _ in compile_all(shape)
         if "Flax" in peers or "Flax" not in name
     }
 
@@ -120,11 +117,11 @@ def saved_bytes(layer, shape):
 def details(cases):
     """What time does not show: bytes kept for the backward pass, temporary memory, time to compile."""
     for case in cases:
-        op, shape = CASES[case]
+        op, shape = parse(case)
         saved = {name: saved_bytes(layer, shape) for name, layer in layers(op, shape[-1]).items()}
         for name, program, _, seconds in compile_all(case):
             yield {
-                "case": case,
+                "shape": case,
                 "program": name,
                 "kept for backward": saved.get(name.removesuffix(" gradient")) if "gradient" in name else None,
                 "temporary bytes": program.memory_analysis().temp_size_in_bytes,

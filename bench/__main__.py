@@ -1,0 +1,45 @@
+"""Benchmarks of pyreg.  `python -m bench COMMAND --help` says more; `--quick` is a first look in a minute or two."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+# Python puts the checkout in front, whose ./pyreg is not compiled; behind the installed one it does no harm.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "bench")] + [str(ROOT)]
+
+COMMANDS = {
+    "compare": "ops against NumPy, PyTorch, Flax and oneDNN",
+    "train_step": "a training step with Flax's dropout, with pyreg's, and without",
+    "accuracy": "how right batch statistics are, beside PyTorch's and Flax's",
+    "roofline": "bandwidth of each cache level, and how far each kernel is from it",
+    "scaling": "one op over threads and sizes; with a busy neighbour; where threads pay",
+    "plan": "what the figures of this machine predict for larger ones",
+    "report": "run all of these and write docs/performance.md",
+}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"bench.{name}")
+        command = commands.add_parser(
+            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("--quick", action="store_true", help="few and small cases")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+        command.add_argument("--plot", type=Path, metavar="FILE", help="write a plot: .svg, .png or .pdf")
+        command.add_argument("--markdown", action="store_true", help="also print the table of the documentation")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    if not args.command:
+        parser.print_help()
+        return
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

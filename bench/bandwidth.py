@@ -1,0 +1,129 @@
+"""How fast this machine copies, reads and writes: NumPy's own loops, on data of each cache level.
+
+A copy is the C library's memmove, through np.copyto; a read is the largest of int32; a write is copyto of one page
+again and again.  NumPy releases the GIL in all of them, so a thread of a pool has one CPU each.  Passes over data in a
+cache are repeated inside one call.  glibc reads when the process starts from which size on memmove stores around the
+cache: the copy with non-temporal stores runs in a process of its own.
+"""
+
+import contextlib
+import os
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from bench import machine
+
+PAGE = 4096
+PASSES_BYTES = 32 << 20  # of small data, in one call
+
+
+def levels():
+    """Bytes of a working set for one thread in each level; half of a cache, four times the last one."""
+    caches = machine.caches()
+    last = max(caches.values())
+    sets = {name: size // 2 for name, size in caches.items()}
+    return {**sets, "memory": 4 * last}
+
+
+def share(level, size, threads):
+    """A thread's part of a working set: it has L1 and L2 for itself."""
+    shared = level == "memory" or level == max(machine.caches())
+    return size // threads if shared else size
+
+
+def aligned(nbytes):
+    """Bytes at the start of a page, written once, so that they are in memory."""
+    raw = np.ones(nbytes + PAGE, np.uint8)
+    return raw[-raw.ctypes.data % PAGE :][:nbytes]
+
+
+class Loops:
+    """The three loops over one thread's bytes.  Each returns how many bytes went by."""
+
+    def __init__(self, nbytes):
+        nbytes -= nbytes % (2 * PAGE)
+        self.whole = aligned(nbytes)
+        self.source, self.target = self.whole[: nbytes // 2], self.whole[nbytes // 2 :]
+        self.page = aligned(PAGE).view(f"V{PAGE}")
+        self.passes = max(1, PASSES_BYTES // nbytes)
+
+    def copy(self):
+        # An element as long as the array, and a stride of 0: NumPy calls memmove for each pass.
+        x, y = (as_strided(a.view(f"V{a.size}"), (self.passes,), (0,)) for a in (self.source, self.target))
+        np.copyto(y, x)
+        return 2 * self.passes * self.source.size
+
+    def read(self):
+        for _ in range(self.passes):
+            self.whole.view(np.int32).max()
+        return self.passes * self.whole.size
+
+    def write(self):
+        for _ in range(self.passes):
+            np.copyto(self.whole.view(f"V{PAGE}"), self.page)
+        return self.passes * self.whole.size
+
+
+def kinds(level):
+    """A pass over the first-level cache is shorter than a call, and only copies can be repeated inside one."""
+    return ("copy",) if level == "L1" else ("copy", "read", "write")
+
+
+class Team:
+    """Threads that each run a loop over bytes of their own."""
+
+    def __init__(self, threads, nbytes):
+        self.pool = ThreadPoolExecutor(threads)
+        self.loops = list(self.pool.map(Loops, [nbytes] * threads))  # a thread first touches what it will use
+
+    def run(self, kind):
+        return sum(self.pool.map(lambda loops: getattr(loops, kind)(), self.loops))
+
+
+_teams = {}  # of the other process
+
+
+def _elsewhere(threads, nbytes):
+    if (threads, nbytes) not in _teams:
+        _teams.clear()
+        _teams[threads, nbytes] = Team(threads, nbytes)
+    return _teams[threads, nbytes].run("copy")
+
+
+class StreamingCopy:
+    """Copies of another process, whose glibc stores around the cache from 16 kB on."""
+
+    def __init__(self):
+        tunables = os.environ.get("GLIBC_TUNABLES")
+        os.environ["GLIBC_TUNABLES"] = "glibc.cpu.x86_non_temporal_threshold=0x4040"
+        try:
+            self.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            self.process.submit(int).result()
+        finally:
+            del os.environ["GLIBC_TUNABLES"]
+            if tunables is not None:
+                os.environ["GLIBC_TUNABLES"] = tunables
+
+    def run(self, threads, nbytes):
+        return self.process.submit(_elsewhere, threads, nbytes).result()
+
+
+@contextlib.contextmanager
+def streaming_copy():
+    copy = StreamingCopy()
+    try:
+        yield copy
+    finally:
+        copy.process.shutdown()
+
+
+def contenders(level, size, threads, streaming):
+    """Calls to be timed by name, and the bytes of each."""
+    nbytes = share(level, size, threads)
+    team = Team(threads, nbytes)
+    calls = {kind: lambda kind=kind: team.run(kind) for kind in kinds(level)}
+    calls["streaming copy"] = lambda: streaming.run(threads, nbytes)
+    return calls, {name: call() for name, call in calls.items()}

@@ -1,0 +1,9 @@
+"""stub"""
+
+
+def add_arguments(p):
+    pass
+
+
+def run(a):
+    pass

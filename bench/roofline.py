@@ -1,0 +1,241 @@
+"""The bandwidth of each cache level, and how far every kernel is from it.
+
+    python -m bench roofline [--quick] [--dtypes float32] [--threads 1 2] [--markdown]
+
+Bandwidth is measured with NumPy's own loops (bench/bandwidth.py), the best of ordinary and non-temporal copies.  What a
+kernel has to read and copy is in bench/shapes/roofline.toml; its limit is the time of these reads and copies in the same
+level, by as many threads, taken in turns with it.  A ratio below 1 is no error: kernels prefetch, and memmove does not
+always.  `core` is the kernel's time on data in the second-level cache, by one thread, over the number of threads.  Where a kernel
+is further than 1.3 times from its limit, `time goes to` arithmetic if core alone explains it, or both in turns if core and
+limit do together.
+"""
+
+import math
+
+import numpy as np
+
+from bench import bandwidth, cases, machine, output, timing
+from bench.output import bytes_text, console
+
+FAR = 1.3  # from its limit: then it is said why
+FROM = "L2"  # a call takes microseconds: too long for what L1 holds
+
+
+def add_arguments(parser):
+    parser.add_argument("--dtypes", nargs="+")
+    parser.add_argument("--threads", type=int, nargs="+", default=machine.thread_counts())
+    parser.add_argument("--levels", nargs="+", choices=bandwidth.levels(), default=list(bandwidth.levels()))
+    timing.add_arguments(parser)
+    parser.set_defaults(rounds=15, seconds=6.0)
+
+
+def run(args):
+    found = output.start(args)
+    config = cases.shapes("roofline")
+    dtypes = args.dtypes or config["quick" if args.quick else "full"]["dtype"]
+    dtypes = [dtype for dtype in dtypes if not cases.missing(dtype)]
+    with bandwidth.streaming_copy() as streaming:
+        bandwidths = measure_bandwidths(args, streaming)
+        print_bandwidths(bandwidths)
+        kernels = measure_kernels(config["kernel"], dtypes, args, streaming)
+    for dtype in dtypes:
+        print_kernels(dtype, [r for r in kernels if r["dtype"] == dtype])
+    for sentence in explanations(kernels):
+        console.print(sentence)
+    records = {"bandwidth": bandwidths, "kernels": kernels}
+    output.finish(args, found, records, lambda path: plot(records, found, path))
+    if args.markdown:
+        print(f"\n{markdown({'machine': found, 'records': records})}")
+
+
+# ---- Bandwidth -------------------------------------------------------------------------------------------------------
+
+
+def places(args, first=None):
+    """(level, bytes of its working set, threads)"""
+    sizes = {level: size for level, size in bandwidth.levels().items() if level in args.levels}
+    return [(level, size, n) for level, size in sizes.items() for n in args.threads if not first or level >= first]
+
+
+def measure_bandwidths(args, streaming):
+    records = []
+    for level, size, n in output.progress(places(args), "bandwidth"):
+        calls, moved = bandwidth.contenders(level, size, n, streaming)
+        samples = timing.interleave(calls, args)
+        rates = {
+            name: timing.summary(moved[name] / s) | {"best": float(moved[name] / s.min())}
+            for name, s in samples.items()
+        }
+        records.append({"level": level, "bytes": size, "threads": n, "rates": rates})
+    return records
+
+
+def bandwidth_rows(records):
+    for r in records:
+        rates = [r["rates"].get(kind) for kind in RATES]
+        texts = (f"{rate['median'] / 1e9:.1f} ({rate['best'] / 1e9:.1f})" if rate else "-" for rate in rates)
+        yield [r["level"], bytes_text(r["bytes"]), str(r["threads"]), *texts]
+
+
+RATES = ("copy", "streaming copy", "read", "write")
+BANDWIDTH_HEADER = ["level", "working set", "threads", *RATES]
+
+
+def print_bandwidths(records):
+    output.print_table("GB/s, median (best); a copy counts both ways", BANDWIDTH_HEADER, bandwidth_rows(records))
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def shape_of(kernel, nbytes, dtype):
+    """A shape whose arrays have about so many bytes, and a small one, whose time is that of a call."""
+    n = max(64, nbytes // kernel["arrays"] // cases.numpy_dtype(dtype).itemsize)
+    if kernel["op"] == "dropout":
+        return n, 64
+    if kernel["layout"] == "NHWC":
+        return f"{n // 64},64", "1,64"
+    return f"{math.ceil(n / (64 * 784))},64,{min(784, n // 64)} NCHW", "1,64,1 NCHW"
+
+
+def measure_kernels(kernels, dtypes, args, streaming):
+    """Each kernel in turns with the copy and the read of its level.  L1 and L2 are for one thread: pyreg uses no more."""
+    records, core = [], {}
+    for dtype in output.progress(dtypes, "kernels"):
+        for level, size, n in places(args, FROM):
+            if level == "L2" and n > 1:
+                continue
+            calls, moved = bandwidth.contenders(level, size, n, streaming)
+            del calls["write"]  # no kernel only writes
+            samples = timing.interleave(calls | kernel_calls(kernels, dtype, size, n), args)
+            copy = min(
+                (samples[k] / moved[k] for k in ("copy", "streaming copy")), key=lambda s: timing.summary(s)["median"]
+            )
+            read = samples["read"] / moved["read"]
+            for kernel in kernels:
+                name = kernel["name"]
+                shape, _ = shape_of(kernel, size, dtype)
+                elements = cases.load(kernel["op"]).elements(shape)
+                seconds = (samples[name] - np.median(samples[f"call of {name}"])) / elements
+                limit = cases.numpy_dtype(dtype).itemsize * (kernel["reads"] * read + 2 * kernel["copies"] * copy)
+                if level == "L2":
+                    core[name, dtype] = timing.summary(seconds)["median"]
+                records.append(
+                    {
+                        "kernel": name,
+                        "dtype": dtype,
+                        "level": level,
+                        "threads": n,
+                        "shape": shape,
+                        "seconds": timing.summary(seconds),
+                        "limit": timing.summary(limit),
+                        "core": core.get((name, dtype), math.nan) / n,
+                        "ratios": {"kernel / limit": timing.summary(seconds / limit)},
+                    }
+                )
+    return records
+
+
+def kernel_calls(kernels, dtype, size, threads):
+    """Each kernel on data of the level, and on next to nothing."""
+    calls = {}
+    for kernel in kernels:
+        op = cases.load(kernel["op"])
+        large, small = (op.contenders(dtype=dtype, shape=s, threads=threads) for s in shape_of(kernel, size, dtype))
+        calls[kernel["name"]] = large[kernel["call"]]
+        calls[f"call of {kernel['name']}"] = small[kernel["call"]]
+    return calls
+
+
+def bound(record):
+    """What the kernel's time is spent on: its parts are the limit and the core's time, one hidden behind the other or not."""
+    seconds, limit, core = record["seconds"]["median"], record["limit"]["median"], record["core"]
+    if seconds <= FAR * limit:
+        return "memory"
+    if core >= seconds / FAR:
+        return "arithmetic"
+    return "both in turns" if core + limit >= seconds / FAR else "neither"
+
+
+def kernel_rows(records):
+    for r in records:
+        ns = (f"{value * 1e9:.3f}" for value in (r["seconds"]["median"], r["limit"]["median"], r["core"]))
+        yield [
+            r["kernel"],
+            r["level"],
+            str(r["threads"]),
+            *ns,
+            output.ratio_text(r["ratios"]["kernel / limit"]),
+            bound(r),
+        ]
+
+
+KERNEL_HEADER = ["kernel", "level", "threads", "ns/elem", "limit", "core", "/ limit", "time goes to"]
+
+
+def print_kernels(dtype, records):
+    output.print_table(f"{dtype}: kernels against the bandwidth", KERNEL_HEADER, kernel_rows(records))
+
+
+def explanations(records):
+    """A sentence for each kernel that is far from its limit beyond the cache, all threads."""
+    texts = {kernel["name"]: kernel["slower"] for kernel in cases.shapes("roofline")["kernel"]}
+    most = max((r["threads"] for r in records), default=1)
+    for name, text in texts.items():
+        far = [
+            (r["ratios"]["kernel / limit"]["median"], r)
+            for r in records
+            if r["kernel"] == name and r["level"] == "memory" and r["threads"] == most
+        ]
+        far = [(ratio, r) for ratio, r in far if ratio > FAR]
+        if far:
+            what = ", ".join(f"{r['dtype']} {ratio:.2f}x, {bound(r)}" for ratio, r in far)
+            yield f"{name} ({what}): {text}"
+
+
+def markdown(result):
+    """The documentation's tables: bandwidth, and the kernels in float32."""
+    records = result["records"]
+    kernels = [r for r in records["kernels"] if r["dtype"] == records["kernels"][0]["dtype"]]
+    return "\n\n".join(
+        [
+            f"Bandwidth in GB/s, median (best), on {machine.title(result['machine'])}; a copy counts both ways.",
+            output.markdown_table(BANDWIDTH_HEADER, bandwidth_rows(records["bandwidth"]), left=1),
+            f"Kernels, {kernels[0]['dtype']}: nanoseconds an element, less the time of a call.",
+            output.markdown_table(KERNEL_HEADER, kernel_rows(kernels), left=1),
+            "Further than 1.3 times from the limit beyond the cache, all threads:",
+            "\n".join(f"* {sentence}" for sentence in explanations(records["kernels"])) or "None.",
+        ]
+    )
+
+
+def plot(records, found, path):
+    """Left: bandwidth over levels.  Right: each kernel's distance from its limit."""
+    fig, axes = output.figure(1, 2, machine.title(found), size=(6.5, 4.2))
+    left, right = axes[0]
+    threads = list(dict.fromkeys(r["threads"] for r in records["bandwidth"]))
+    for k, kind in enumerate(RATES):
+        for n in threads:
+            chosen = [r for r in records["bandwidth"] if r["threads"] == n]
+            rates = [r["rates"].get(kind, {}).get("median", math.nan) / 1e9 for r in chosen]
+            style = "o-" if n == threads[-1] else "s--"
+            left.plot(
+                [r["level"] for r in chosen], rates, style, color=f"C{k}", label=f"{kind}, {n} threads", markersize=4
+            )
+    left.set(title="bandwidth", ylabel="GB/s", yscale="log")
+    left.legend(fontsize=7)
+    kernels = [r for r in records["kernels"] if r["threads"] == threads[-1] and r["level"] == "memory"]
+    for k, dtype in enumerate(dict.fromkeys(r["dtype"] for r in kernels)):
+        chosen = [r for r in kernels if r["dtype"] == dtype]
+        right.plot(
+            [r["ratios"]["kernel / limit"]["median"] for r in chosen],
+            [r["kernel"] for r in chosen],
+            "o",
+            color=f"C{k}",
+            label=dtype,
+        )
+    right.axvline(1, color="k", linewidth=1)
+    right.invert_yaxis()
+    right.set(title=f"beyond the cache, {threads[-1]} threads", xlabel="time over the limit of reads and copies")
+    right.legend(fontsize=7)
+    output.save(fig, path, legend=False)
