@@ -23,15 +23,16 @@ COMMANDS = {
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    arguments = sys.argv[1:] if arguments is None else arguments
     for name, text in COMMANDS.items():
-        module = importlib.import_module(f"bench.{name}")
-        command = commands.add_parser(
-            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        command.add_argument("--quick", action="store_true", help="few and small cases")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-        command.add_argument("--plot", type=Path, metavar="FILE", help="write a plot: .svg, .png or .pdf")
-        command.add_argument("--markdown", action="store_true", help="also print the table of the documentation")
+        command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name not in arguments[:1]:
+            continue  # its imports take seconds, or fail
+        try:
+            module = importlib.import_module(f"bench.{name}")
+        except ImportError as missing:
+            raise SystemExit(f"{name} cannot run: {missing}.  ./run bench {name} installs what it needs") from None
+        command.description = module.__doc__
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)

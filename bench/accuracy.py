@@ -91,13 +91,14 @@ def markdown(result):
 
 
 def add_arguments(parser):
+    output.add_arguments(parser)
     parser.add_argument("--elements", type=output.integer, help="of each channel; a multiple of 16")
     parser.add_argument("--channels", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
 
 
 def run(args):
-    found = output.start(args)
+    found = output.start()
     elements = args.elements or (1 << 16 if args.quick else 1 << 20)
     records = []
     for layout, (axis, shape) in LAYOUTS.items():

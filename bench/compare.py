@@ -16,6 +16,7 @@ PEERS = ("NumPy", "PyTorch", "Flax", "oneDNN")
 
 
 def add_arguments(parser):
+    output.add_arguments(parser)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {' '.join(OPS)}; all by default")
     parser.add_argument("--shapes", nargs="+", help='for example 1e6, "32,64,56,56 NCHW", "dropout 1000"; one OP then')
     parser.add_argument("--dtypes", nargs="+")
@@ -31,7 +32,7 @@ def run(args):
         raise SystemExit(f"no op {' '.join(unknown)}; there are {' '.join(OPS)}")
     if args.shapes and len(ops) > 1:
         raise SystemExit(f"--shapes was given for {' '.join(ops)}; wanted one op")
-    found = output.start(args)
+    found = output.start()
     for peer in args.peers:
         if not cases.installed(peer):
             console.print(f"[yellow]skipped[/] {peer}: it is not installed")
@@ -189,34 +190,34 @@ def markdown(result, name):
 
 
 def plot(name, records, found, path):
-    """Time an element for each shape: a panel for each dtype, all threads."""
+    """Time an element, with most threads: for sizes a panel for each dtype, for other shapes one for each subject."""
     op = cases.load(name)
     first = {by: records[0][by] for by in op.TABLE_BY if by != "dtype"}  # one rate is enough
     most = max(r["threads"] for r in records)
     records = [r for r in records if first.items() <= r.items() and r["threads"] == most]
     dtypes = list(dict.fromkeys(r["dtype"] for r in records))
-    names = list(dict.fromkeys(n for r in records for n in r["seconds"]))  # a name has one colour in all panels
-    numeric = not isinstance(records[0]["shape"], str)
-    fig, axes = output.figure(len(dtypes), 1, machine.title(found), size=(9, 3.4 if numeric else 4.2))
-    for ax, dtype in zip(axes[:, 0], dtypes, strict=True):
-        for k, contender in enumerate(names):
-            chosen = [r for r in records if r["dtype"] == dtype and contender in r["seconds"]]
-            ns = [r["seconds"][contender]["median"] / r["elements"] * 1e9 for r in chosen]
-            peer = contender.startswith(op.PEERS)
-            style = ("s--" if peer else "o-") if numeric else ("s" if peer else "o")
-            ax.plot(
-                [r["shape"] for r in chosen],
-                ns,
-                style,
-                color=f"C{k}" if k < 10 else f"C{k - 10}",
-                fillstyle="full" if k < 10 else "none",
-                label=contender,
-                markersize=4,
-            )
-        what = ", ".join([dtype, *(f"{a} {b}" for a, b in first.items()), f"{most} threads"])
-        ax.set(title=f"{name}, {what}", ylabel="time an element [ns]", yscale="log")
-        if numeric:
+    sizes = not isinstance(records[0]["shape"], str)
+    panels = [(dtype, op.SUBJECTS) for dtype in dtypes] if sizes else [(dtypes[0], [s]) for s in op.SUBJECTS]
+    fig, axes = output.figure(len(panels), 1, machine.title(found), size=(9, 3.4))
+    for ax, (dtype, subjects) in zip(axes[:, 0], panels, strict=True):
+        chosen = [r for r in records if r["dtype"] == dtype]
+        for k, (contender, text) in enumerate(plotted(op, subjects).items()):
+            rows = [r for r in chosen if contender in r["seconds"]]
+            ns = [r["seconds"][contender]["median"] / r["elements"] * 1e9 for r in rows]
+            style = ("s" if contender.startswith(op.PEERS) else "o") + "-" * sizes
+            if rows:
+                ax.plot([r["shape"] for r in rows], ns, style, color=f"C{k}", label=text, markersize=5)
+        what = ", ".join([*([] if sizes else subjects), dtype, *(f"{a} {b}" for a, b in first.items())])
+        ax.set(title=f"{name}: {what}, {most} threads", ylabel="time an element [ns]", yscale="log")
+        if sizes:
             ax.set(xlabel="elements", xscale="log")
         else:
             ax.tick_params("x", rotation=90, labelsize=7)
+            ax.label_outer()
     output.save(fig, path)
+
+
+def plotted(op, subjects):
+    """Contenders of the tables, and what to call them in a plot: one subject needs no name."""
+    names = {n.format(s): n for s in subjects for _, *pair in op.COLUMNS for n in pair if n}
+    return {name: (n.format("").strip() or "pyreg") if len(subjects) == 1 else name for name, n in names.items()}

@@ -1,6 +1,8 @@
 """What is printed and written: tables, JSON files, plots."""
 
 import json
+import math
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -13,7 +15,14 @@ from bench.timing import UNSTEADY, unsteady
 console = Console(width=max(Console().width, 150), highlight=False)
 
 
-def start(args):
+def add_arguments(parser):
+    parser.add_argument("--quick", action="store_true", help="few and small cases")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot: .svg, .png or .pdf")
+    parser.add_argument("--markdown", action="store_true", help="also print the table of the documentation")
+
+
+def start():
     """Prints the description of the machine and returns it."""
     found = machine.describe()
     for name, value in found.items():
@@ -33,12 +42,35 @@ def finish(args, found, records, plot=None, **more):
     """Writes what was asked for, and says whether the machine was too noisy."""
     warn_of_noise(records)
     if args.json:
-        content = {"command": args.command, "quick": args.quick, "machine": found, **more, "records": records}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
-        console.print(f"wrote {args.json}")
+        about = {"command": args.command, "quick": args.quick, "machine": found, **more}
+        write_json(args.json, {**about, "records": records})
     if args.plot and plot:
         plot(args.plot)
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_text(rounded(content)) + "\n")
+    console.print(f"wrote {path}")
+
+
+def json_text(value, depth=0):
+    """A line for each record."""
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    if isinstance(value, dict) and value and depth < 2:
+        return "{\n" + ",\n".join(f"{json.dumps(k)}: {json_text(v, depth + 1)}" for k, v in value.items()) + "\n}"
+    return json.dumps(value)
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
 
 
 def ratios(value):
@@ -128,13 +160,16 @@ def figure(rows, columns, title, size=(6, 3.6)):
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "pyreg"  # the same figures give the same file
+    mpl.rcParams |= {
+        "svg.hashsalt": "pyreg",
+        "svg.fonttype": "none",
+    }  # the same figures give the same file; text stays text
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False, layout="constrained"
     )
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(title, fontsize=9, x=0.01, ha="left")
     return fig, axes
 
 

@@ -4,15 +4,15 @@
 
     time(p) = call + region * log2(p) + max(core / p, traffic / min(p * one, memory))
 
-Measured here, by one thread: `call`, the time of a call on next to nothing; `core`, the time of an array's elements when
-they are in the second-level cache; `one`, the bandwidth of one core in the level that holds the arrays, of copies and of
-reads; `region`, what a parallel region of two threads costs.  Assumed: the bandwidth of a NUMA node (`memory`; caches have
-no such limit, and are as large as here), and that a region costs as much again each time the threads double.  Below the
-size where threads pay p is 1.  The same formula for this machine's own threads is
-printed beside what they take: that is how far it can be trusted.
+Measured here, by one thread: `call`, the time of a call on next to nothing; `core`, the time of an array's elements
+when they are in the second-level cache; `one`, the bandwidth of one core in the level that holds the arrays, of copies
+and of reads; `region`, what a parallel region of two threads costs.  Assumed: the bandwidth of a NUMA node (`memory`;
+caches have no such limit, and are as large as here), and that a region costs as much again each time the threads
+double.  Below the size where threads pay p is 1.  The same formula for this machine's own threads is printed beside
+what they take: that is how far it can be trusted.
 
-Pages lie on the node of the thread that first writes them, and pyreg's threads claim chunks in any order.  `one node`: an
-array was first written by one thread, as NumPy and PyTorch's loaders do; all cores then share that node's memory.
+Pages lie on the node of the thread that first writes them, and pyreg's threads claim chunks in any order.  `one node`:
+an array was first written by one thread, as NumPy and PyTorch's loaders do; all cores then share that node's memory.
 `interleaved`: pages are spread over the nodes (numactl --interleave=all), of which half and more are remote.
 """
 
@@ -30,6 +30,7 @@ SHARED_FROM = timing.BUILT["parallel_from_ns"] * 1e-9
 
 
 def add_arguments(parser):
+    output.add_arguments(parser)
     parser.add_argument("--cores", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 2], help="NUMA nodes of each")
     parser.add_argument(
@@ -42,7 +43,7 @@ def add_arguments(parser):
 def run(args):
     if len(args.cores) != len(args.nodes):
         raise SystemExit(f"--cores has {len(args.cores)} numbers and --nodes {len(args.nodes)}; wanted as many")
-    found = output.start(args)
+    found = output.start()
     measured = measure(args)
     print_measured(measured)
     checked = check(measured, args)
@@ -232,7 +233,7 @@ def plot(records, found, path):
         title=f"{bytes_text(largest)}, predicted",
         xlabel="cores",
         ylabel="speedup over one core",
-        xscale="log",
-        yscale="log",
+        xlim=0,
+        ylim=0,
     )
     output.save(fig, path)

@@ -1,9 +1,153 @@
-"""stub"""
+"""Run all benchmarks and bring the documentation up to date: docs/performance.md, its plots, and the README's tables.
+
+    python -m bench report [--quick] [--only compare plan] [--no-run]
+
+The figures of each command go to a JSON file and a plot in docs/performance/.  Then every part of the documents
+between <!-- bench: NAME --> and <!-- /bench --> is written anew from these files; the rest of the documents is left
+alone.  --no-run writes them from the files that are there.  Takes a quarter of an hour on a quiet machine with 2 CPUs.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench import accuracy, cases, compare, machine, output, plan, roofline, scaling
+from bench.output import console
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {
+    "compare": [],
+    "train_step": [],
+    "accuracy": [],
+    "roofline": [],
+    "scaling": ["--neighbour", "--stores"],
+    "plan": [],
+}
 
 
-def add_arguments(p):
-    pass
+def add_arguments(parser):
+    parser.add_argument("--quick", action="store_true", help="few and small cases")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--no-run", action="store_true", help="only write the documents, from the files that are there")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance", help="where the files are")
+    parser.add_argument(
+        "--documents", type=Path, nargs="*", default=[ROOT / "docs" / "performance.md", ROOT / "README.md"]
+    )
 
 
-def run(a):
-    pass
+def run(args):
+    failed = [] if args.no_run else [name for name in args.only if not measure(name, args)]
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(args.docs.glob("*.json"))}
+    for document in args.documents:
+        text = document.read_text()
+        document.write_text(filled(text, results))
+        console.print(f"wrote {document}")
+    if failed:
+        raise SystemExit(f"{' '.join(failed)} failed; the files from before are still there")
+
+
+def measure(name, args):
+    """A process for each: what one leaves behind must not disturb the next."""
+    files = ["--json", args.docs / f"{name}.json", "--plot", args.docs / f"{name}.svg"]
+    command = [sys.executable, ROOT / "bench", name, *COMMANDS[name], *["--quick"] * args.quick, *files]
+    console.rule(" ".join(map(str, command[2:])))
+    start = time.monotonic()
+    done = subprocess.run(command, check=False)
+    console.print(f"{name}: {time.monotonic() - start:.0f} s")
+    return done.returncode == 0
+
+
+def filled(text, results):
+    """The document with all parts that can be written from the results."""
+
+    def part(match):
+        name = match[1]
+        try:
+            return f"<!-- bench: {name} -->\n{PARTS[name](results)}\n<!-- /bench -->"
+        except KeyError as missing:
+            console.print(f"[yellow]left as it was[/] {name}: no {missing}")
+            return match[0]
+
+    return re.sub(r"<!-- bench: (.*?) -->\n.*?<!-- /bench -->", part, text, flags=re.DOTALL)
+
+
+def machines(results):
+    """The machine of each file; they are one, if all were run together."""
+    texts = []
+    for name, result in results.items():
+        found = result["machine"]
+        busy = found["busy CPUs at the start"]
+        quick = ", quick" * result["quick"]
+        doubtful = f"; **{busy} CPUs were busy with something else: figures are doubtful**" * (busy > machine.BUSY)
+        texts.append(f"* {name}: {found['date']}{quick}{doubtful}")
+    caches = ", ".join(f"{k} {output.bytes_text(v)}" for k, v in found["caches"].items())
+    facts = {
+        "CPU": found["cpu"] + ", virtual" * found["virtual"],
+        "CPUs, NUMA nodes": f"{found['cpus']}, {found['NUMA nodes']}",
+        "caches": caches,
+        "instruction set": found["instruction set"],
+        "huge pages, kernel": f"{found['huge pages']}, {found['kernel']}",
+        "compiler, OpenMP": f"{found['compiler']}, {found['OpenMP']}",
+        "Python, pyreg": f"{found['python']}, {found['pyreg']}",
+        "packages": machine.versions(found),
+    }
+    table = output.markdown_table(["", ""], [[k, v] for k, v in facts.items()], left=2)
+    return f"{table}\n\n" + "\n".join(texts)
+
+
+def losses(results):
+    """Where a peer is quicker."""
+    rows = list(compare.loss_rows(results["compare"]["records"]))
+    if not rows:
+        return "Nowhere in this run."
+    return output.markdown_table(compare.LOSS_HEADER, rows, left=4)
+
+
+def noise(results):
+    """How many ratios may not come out again."""
+    rows = []
+    for name, result in results.items():
+        found = list(output.ratios(result["records"]))
+        if found:
+            doubtful = sum(output.unsteady(r) for r in found)
+            rows.append([name, str(len(found)), str(doubtful)])
+    return output.markdown_table(["command", "ratios", "unsteady (~)"], rows, left=1)
+
+
+def pay_from(results):
+    return "\n".join(f"* {line}" for line in scaling.pay_from_lines(results["scaling"]))
+
+
+def neighbour(results):
+    rows = scaling.neighbour_rows(results["scaling"]["records"]["neighbour"])
+    return output.markdown_table(scaling.NEIGHBOUR_HEADER, rows, left=1)
+
+
+def stores(results):
+    rows = scaling.stores_rows(results["scaling"]["records"]["stores"])
+    return output.markdown_table(scaling.STORES_HEADER, rows, left=1)
+
+
+def train_step(results):
+    from bench import train_step  # needs JAX
+
+    return train_step.markdown(results["train_step"])
+
+
+PARTS = {
+    "machine": machines,
+    "noise": noise,
+    **{f"compare {op}": lambda results, op=op: compare.markdown(results["compare"], op) for op in cases.OPS},
+    "losses": losses,
+    "train_step": train_step,
+    "accuracy": lambda results: accuracy.markdown(results["accuracy"]),
+    "roofline": lambda results: roofline.markdown(results["roofline"]),
+    "scaling": lambda results: scaling.markdown(results["scaling"]),
+    "pay from": pay_from,
+    "neighbour": neighbour,
+    "stores": stores,
+    "plan": lambda results: plan.markdown(results["plan"]),
+}

@@ -2,12 +2,12 @@
 
     python -m bench roofline [--quick] [--dtypes float32] [--threads 1 2] [--markdown]
 
-Bandwidth is measured with NumPy's own loops (bench/bandwidth.py), the best of ordinary and non-temporal copies.  What a
-kernel has to read and copy is in bench/shapes/roofline.toml; its limit is the time of these reads and copies in the same
-level, by as many threads, taken in turns with it.  A ratio below 1 is no error: kernels prefetch, and memmove does not
-always.  `core` is the kernel's time on data in the second-level cache, by one thread, over the number of threads.  Where a kernel
-is further than 1.3 times from its limit, `time goes to` arithmetic if core alone explains it, or both in turns if core and
-limit do together.
+Bandwidth is measured with NumPy's own loops (bench/bandwidth.py), the best of ordinary and non-temporal copies.  What
+a kernel has to read and copy is in bench/shapes/roofline.toml; its limit is the time of these reads and copies in the
+same level, by as many threads, taken in turns with it.  A ratio below 1 is no error: kernels prefetch, and memmove
+does not always.  `core` is the kernel's time on data in the second-level cache, by one thread, over the number of
+threads.  Where a kernel is further than 1.3 times from its limit, `time goes to` arithmetic if core alone explains it,
+or both in turns if core and limit do together.
 """
 
 import math
@@ -22,6 +22,7 @@ FROM = "L2"  # a call takes microseconds: too long for what L1 holds
 
 
 def add_arguments(parser):
+    output.add_arguments(parser)
     parser.add_argument("--dtypes", nargs="+")
     parser.add_argument("--threads", type=int, nargs="+", default=machine.thread_counts())
     parser.add_argument("--levels", nargs="+", choices=bandwidth.levels(), default=list(bandwidth.levels()))
@@ -30,7 +31,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    found = output.start(args)
+    found = output.start()
     config = cases.shapes("roofline")
     dtypes = args.dtypes or config["quick" if args.quick else "full"]["dtype"]
     dtypes = [dtype for dtype in dtypes if not cases.missing(dtype)]
@@ -54,7 +55,8 @@ def run(args):
 def places(args, first=None):
     """(level, bytes of its working set, threads)"""
     sizes = {level: size for level, size in bandwidth.levels().items() if level in args.levels}
-    return [(level, size, n) for level, size in sizes.items() for n in args.threads if not first or level >= first]
+    levels = [level for level in sizes if not first or level >= first]  # their names are in order
+    return [(level, sizes[level], n) for level in levels for n in args.threads]
 
 
 def measure_bandwidths(args, streaming):
@@ -99,7 +101,7 @@ def shape_of(kernel, nbytes, dtype):
 
 
 def measure_kernels(kernels, dtypes, args, streaming):
-    """Each kernel in turns with the copy and the read of its level.  L1 and L2 are for one thread: pyreg uses no more."""
+    """Each kernel in turns with the copy and the read of its level.  L2 is for one thread: pyreg uses no more."""
     records, core = [], {}
     for dtype in output.progress(dtypes, "kernels"):
         for level, size, n in places(args, FROM):
@@ -148,7 +150,7 @@ def kernel_calls(kernels, dtype, size, threads):
 
 
 def bound(record):
-    """What the kernel's time is spent on: its parts are the limit and the core's time, one hidden behind the other or not."""
+    """What the kernel's time is spent on: the limit and the core's time, one hidden behind the other or not."""
     seconds, limit, core = record["seconds"]["median"], record["limit"]["median"], record["core"]
     if seconds <= FAR * limit:
         return "memory"

@@ -1,13 +1,13 @@
 """How the time of a call falls with the number of threads, from 100 bytes to 1 GB.
 
-    python -m bench scaling [--quick] [--calls philox forward] [--sizes 1e6 1e7] [--threads 1 2] [--neighbour] [--stores]
+    python -m bench scaling [--quick] [--calls philox forward] [--sizes 1e6] [--threads 1 2] [--neighbour] [--stores]
 
-Strong: the same array for any number of threads.  Weak: an array for each thread.  Threads are used at every size, also
-where the library would not: `pay from` is where they begin to win, in time of one thread, and beside it is what is built
-in.  Efficiency is the speedup over the number of threads; `copy` is that of pyreg's dropout at rate 0, which is a copy
-by as many threads: no kernel can scale better for long.
+Strong: the same array for any number of threads.  Weak: an array for each thread.  Threads are used at every size,
+also where the library would not: `pay from` is where they begin to win, in time of one thread, and beside it is what
+is built in.  Efficiency is the speedup over the number of threads; `copy` is that of pyreg's dropout at rate 0, which
+is a copy by as many threads: no kernel can scale better for long.
 
---neighbour adds a process that computes all the time.  A parallel region ends when its slowest thread does, and a thread
+--neighbour adds a process that computes all the time. A parallel region ends when its slowest thread does, and a thread
 that shares its CPU may wait for a whole time slice: so the tail counts, too.
 --stores finds where stores around the cache win (they are built in from the size of the last-level cache on).
 """
@@ -26,9 +26,11 @@ from bench.timing import with_threads
 from pyreg import _core
 
 CHANNELS = 64
+STREAMING = {"philox": 2, "inference": 2, "backward": 3}  # calls that may store around the cache, and their arrays
 
 
 def add_arguments(parser):
+    output.add_arguments(parser)
     parser.add_argument("--calls", nargs="+", choices=cases.shapes("scaling")["calls"])
     parser.add_argument("--sizes", type=output.integer, nargs="+", help="bytes of x")
     parser.add_argument("--threads", type=int, nargs="+", default=machine.thread_counts(), help="1 is added")
@@ -39,7 +41,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    found = output.start(args)
+    found = output.start()
     config = cases.shapes("scaling")
     sizes = config["quick" if args.quick else "full"]
     if args.sizes:
@@ -51,7 +53,8 @@ def run(args):
     records = {"strong": each(strong, "strong scaling", calls, sizes["bytes"], args)}
     records["pay from"] = pay_from(records["strong"], args.threads)
     print_strong(records["strong"])
-    print_pay_from(records["pay from"], "")
+    for line in pay_from_lines({"built": built_in(), "records": records}):
+        console.print(line)
     if args.threads[-1] > 1:
         records["weak"] = each(weak, "weak scaling", calls, sizes["weak"], args)
         print_weak(records["weak"])
@@ -59,7 +62,7 @@ def run(args):
         records["neighbour"] = each(beside_neighbour, "busy neighbour", calls, sizes["neighbour"], args)
         print_neighbour(records["neighbour"])
     if args.stores:
-        records["stores"] = each(stores, "stores around the cache", ("inference", "backward"), sizes["stores"], args)
+        records["stores"] = each(stores, "stores", STREAMING, sizes["stores"], args)
         print_stores(records["stores"])
     _core.set_gears()
     output.finish(args, found, records, lambda path: plot(records, found, path), built=built_in())
@@ -114,7 +117,7 @@ def weak(name, nbytes, args):
     """The same work for each thread: the time should stay."""
     calls = {}
     for n in args.threads:
-        call, copy, elements = call_of(name, n * nbytes)
+        call, copy, _elements = call_of(name, n * nbytes)
         calls[str(n)] = with_threads(n, call, parallel_from=0)
         calls[f"copy {n}"] = with_threads(n, copy, parallel_from=0)
     pairs = [(f"{kind}1", f"{kind}{n}") for n in args.threads[1:] for kind in ("", "copy ")]
@@ -174,17 +177,15 @@ def weak_cells(r):
     return [f"{r[key][n]:.0%}" for n in r["efficiency"] for key in ("efficiency", "copy efficiency")]
 
 
-def print_pay_from(found, where):
-    built = built_in()["parallel_from_ns"]
-    for f in found:
+def pay_from_lines(result):
+    built = result["built"]["parallel_from_ns"] / 1e3
+    for f in result["records"]["pay from"]:
         crossing = f["from"]
         if crossing:
-            text = f"from {bytes_text(crossing['bytes'])}, {time_text(crossing['serial seconds'])} of one thread"
+            text = f"from {bytes_text(crossing['bytes'])} on, {time_text(crossing['serial seconds'])} of one thread"
         else:
             text = "at every size" if all(f["wins"]) else "at no size: the largest loses, too"
-        console.print(
-            f"{f['call']}: {f['threads']} threads pay {text}{where} (built in: {built / 1e3:.0f} us, estimated)"
-        )
+        yield f"{f['call']}: {f['threads']} threads pay {text}; built in: {built:.0f} us, estimated"
 
 
 # ---- A busy neighbour ------------------------------------------------------------------------------------------------
@@ -263,9 +264,17 @@ def stores(name, nbytes, args):
     return {"call": name, "bytes": nbytes, "elements": elements, "threads": n, **times}
 
 
+STORES_HEADER = ["call", "bytes of x", "of all arrays", "ordinary / around the cache"]
+
+
+def stores_rows(records):
+    for r in records:
+        ratio = output.ratio_text(r["ratios"]["ordinary / around"])
+        yield [r["call"], bytes_text(r["bytes"]), bytes_text(STREAMING[r["call"]] * r["bytes"]), ratio]
+
+
 def print_stores(records):
-    rows = [[r["call"], bytes_text(r["bytes"]), output.ratio_text(r["ratios"]["ordinary / around"])] for r in records]
-    output.print_table("ordinary stores over stores around the cache", ["call", "bytes of x", "ratio"], rows)
+    output.print_table("ordinary stores over stores around the cache: time", STORES_HEADER, stores_rows(records))
     cache = built_in()["cache_bytes"]
     console.print(f"built in: around from {bytes_text(cache)} on, of all arrays together; dropout tries both by itself")
 
@@ -305,5 +314,5 @@ def plot(records, found, path):
         rows = [r for r in strong if r["call"] == strong[0]["call"]]
         ax.plot([r["bytes"] for r in rows], [r["copy efficiency"][n] * int(n) for r in rows], "k--", label="copy")
         ax.axhline(1, color="k", linewidth=0.5)
-        ax.set(title=f"{n} threads", xlabel="bytes of x", ylabel="speedup over one thread", xscale="log", yscale="log")
+        ax.set(title=f"{n} threads", xlabel="bytes of x", ylabel="speedup over one thread", xscale="log", ylim=0)
     output.save(fig, path)

@@ -176,13 +176,14 @@ def plot(records, found, path):
 
 
 def add_arguments(parser):
+    output.add_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, help=f"any of {' '.join(MODELS)}")
     timing.add_arguments(parser)
     parser.set_defaults(seconds=30.0)
 
 
 def run(args):
-    found = output.start(args)
+    found = output.start()
     records = []
     for model in output.progress(args.models or (QUICK if args.quick else FULL), "training steps"):
         records.append(measure(model, args))

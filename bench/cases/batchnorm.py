@@ -1,9 +1,9 @@
 """Batch-norm against its peers: what is run, what is compared with what, and whether the results are right."""
 
 import math
-from importlib.util import find_spec
 
 import numpy as np
+
 import pyreg
 from bench.cases import normal, onednn
 from bench.machine import cpus

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import numpy as np
+
 import pyreg
 from bench.cases import normal
 from bench.machine import cpus
