@@ -220,4 +220,6 @@ def plot(name, records, found, path):
 def plotted(op, subjects):
     """Contenders of the tables, and what to call them in a plot: one subject needs no name."""
     names = {n.format(s): n for s in subjects for _, *pair in op.COLUMNS for n in pair if n}
-    return {name: (n.format("").strip() or "pyreg") if len(subjects) == 1 else name for name, n in names.items()}
+    if len(subjects) > 1:
+        return {name: name for name in names}
+    return {name: n.replace("{}", "pyreg" if n.startswith("{}") else "").strip() for name, n in names.items()}

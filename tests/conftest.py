@@ -1,9 +1,14 @@
 import os
+import sys
+from pathlib import Path
 
 # What a test asks for is what it gets: no thread limits from outside.
 for name in ("OMP_NUM_THREADS", "PYREG_ISA"):
     os.environ.pop(name, None)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# For bench/; in front, ./pyreg would be found, which is not compiled.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import pytest
 from common import ISAS

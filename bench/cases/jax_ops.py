@@ -1,6 +1,7 @@
 """JAX ops against Flax's layers: what is run, what is compared with what, and whether the results are right."""
 
 import contextlib
+import functools
 import math
 import time
 
@@ -88,13 +89,16 @@ def functions_of(case):
     return programs
 
 
+@functools.cache
 def compile_all(case):
     """(name, compiled program, operands, seconds to compile)"""
+    found = []
     for name, (program, operands) in functions_of(case).items():
         with pyreg.jax.accelerate_random() if "accelerated" in name else contextlib.nullcontext():
             lowered = program.lower(*operands)
             start = time.perf_counter()
-            yield name, lowered.compile(), operands, time.perf_counter() - start
+            found.append((name, lowered.compile(), operands, time.perf_counter() - start))
+    return found
 
 
 def contenders(dtype, shape, threads, peers=()):
