@@ -170,6 +170,8 @@ def print_losses(records):
 def markdown(result, name):
     """The documentation's table: the first of everything in TABLE_BY, most threads."""
     op, records = cases.load(name), [r for r in result["records"] if r["op"] == name]
+    if not records:
+        raise KeyError(name)
     first = {by: records[0][by] for by in op.TABLE_BY}
     rows = [r for r in records if first.items() <= r.items()]
     rows = [r for r in rows if r["threads"] == max(r["threads"] for r in rows)]

@@ -226,10 +226,8 @@ def plot(records, found, path):
             )
     left.set(title="bandwidth", ylabel="GB/s", yscale="log")
     left.legend(fontsize=7)
-    last = records["kernels"][-1]["level"]
-    kernels = [
-        r for r in records["kernels"] if r["threads"] == records["kernels"][-1]["threads"] and r["level"] == last
-    ]
+    last, most = (records["kernels"][-1][k] for k in ("level", "threads"))
+    kernels = [r for r in records["kernels"] if (r["level"], r["threads"]) == (last, most)]
     for k, dtype in enumerate(dict.fromkeys(r["dtype"] for r in kernels)):
         chosen = [r for r in kernels if r["dtype"] == dtype]
         right.plot(
@@ -241,6 +239,6 @@ def plot(records, found, path):
         )
     right.axvline(1, color="k", linewidth=1)
     right.invert_yaxis()
-    right.set(title=f"{last}, {kernels[0]['threads']} threads", xlabel="time over the limit of reads and copies")
+    right.set(title=f"{last}, {most} threads", xlabel="time over the limit of reads and copies")
     right.legend(fontsize=7)
     output.save(fig, path, legend=False)

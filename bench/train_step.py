@@ -99,7 +99,7 @@ def measure(model, args):
     params, loss, data = build(**sizes)
     key = jax.random.key(0)
     steps, variants, after = {}, {}, {}
-    for name in DROPOUTS:
+    for name in args.dropouts:
         step, seconds = compiled_step(name, loss, params, data, key)
         p = params
         for i in range(5):
@@ -177,6 +177,9 @@ def plot(records, found, path):
 
 def add_arguments(parser):
     output.add_arguments(parser)
+    parser.add_argument(
+        "--dropouts", nargs="+", choices=DROPOUTS, default=list(DROPOUTS), help="off and Flax among them"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, help=f"any of {' '.join(MODELS)}")
     timing.add_arguments(parser)
     parser.set_defaults(seconds=30.0)

@@ -20,6 +20,7 @@ from pyreg import _core
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--rounds", "2", "--seconds", "0.5"]
+SIZES = ["--sizes", "1e3", "1e4"]
 RUNS = {
     "compare": ["dropout", "batchnorm", "--quick", "--dtypes", "float32", "--threads", "1", "--peers", "NumPy", *FAST],
     "accuracy": ["--quick", "--elements", "1024", "--channels", "1"],

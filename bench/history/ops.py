@@ -39,16 +39,8 @@ class Mask:
 
 
 class BatchNorm:
-    params = (
-        [
-            ((128, 1024), -1),
-            ((32, 14, 14, 256), -1),
-            ((32, 256, 14, 14), 1),
-            ((32, 56, 56, 64), -1),
-            ((32, 64, 56, 56), 1),
-        ],
-        ["float32", "bfloat16"],
-    )
+    SHAPES = (((128, 1024), -1), ((32, 14, 14, 256), -1), ((32, 256, 14, 14), 1), ((32, 64, 56, 56), 1))
+    params = (SHAPES, ["float32", "bfloat16"])
     param_names = ("shape and axis", "dtype")
 
     def setup(self, shape_and_axis, dtype):
