@@ -37,7 +37,7 @@ def add_arguments(parser):
     parser.add_argument("--neighbour", action="store_true", help="also with a busy process")
     parser.add_argument("--stores", action="store_true", help="also with and without stores around the cache")
     timing.add_arguments(parser)
-    parser.set_defaults(seconds=3.0)
+    parser.set_defaults(seconds=2.0)
 
 
 def run(args):

@@ -12,13 +12,13 @@ from pyreg import _core
 SAMPLE_SECONDS = 0.4e-3  # quick calls are repeated until a sample is about this long
 WARM_BELOW_SECONDS = 5e-3  # quicker ones run once untimed before each sample: what came before has filled the caches
 UNSTEADY = 0.1  # a median that moves by more than this within the run would not come out again
-LEAST_ROUNDS = 7
+LEAST_ROUNDS = 6
 
 
 def add_arguments(parser):
     parser.add_argument("--rounds", type=int, default=20, help="in which contenders take turns (%(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help=f"a case, from round {LEAST_ROUNDS} on (%(default)s)"
+        "--seconds", type=float, default=3.0, help=f"a case, from round {LEAST_ROUNDS} on (%(default)s)"
     )
 
 

@@ -136,7 +136,7 @@ struct dropout {
 };
 
 /* Past the cache streaming stores take 0.6 to 1.2 times the time of ordinary ones, as the machine will have it: the
- * first chunks of large calls try both in turn. */
+ * first chunks of large calls try both in turn.  `./run bench scaling --stores` times both at sizes around the cache's. */
 enum { TRIALS = 32 };
 static struct {
     atomic_ullong chunks, ns;
@@ -369,7 +369,7 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
 
     const struct phase phase = {
         (size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
-    const double ns = fast ? 0.2 : 1.0; /* an element, roughly */
+    const double ns = fast ? 0.2 : 1.0; /* an element, roughly: `./run bench roofline`, column core */
     return parallel_run(&phase, 1, &op, ns * (double)count + 0.05 * (double)bytes);
 }
 

@@ -128,7 +128,7 @@ def flax_calls(x, dy, axis):
 def check(dtype):
     """Raises if a result is wrong.  Yields what was found right."""
     tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
-    for name in ("32,14,14,256 NHWC", "32,256,14,14 NCHW", "8192,512"):
+    for name in ("8,14,14,256 NHWC", "8,256,14,14 NCHW", "1024,512"):
         shape, axis = parse(name)
         x, dy = (normal(shape, dtype, seed) for seed in range(2))
         others = tuple(d for d in range(len(shape)) if d != axis % len(shape))
