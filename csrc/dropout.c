@@ -136,7 +136,8 @@ struct dropout {
 };
 
 /* Past the cache streaming stores take 0.6 to 1.2 times the time of ordinary ones, as the machine will have it: the
- * first chunks of large calls try both in turn.  `./run bench scaling --stores` times both at sizes around the cache's. */
+ * first chunks of large calls try both in turn.  `./run bench scaling --stores` times both at sizes around the
+ * cache's. */
 enum { TRIALS = 32 };
 static struct {
     atomic_ullong chunks, ns;

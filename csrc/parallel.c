@@ -103,9 +103,9 @@ static bool interrupted(uint64_t *next) { /* only ever called by the thread that
 /* ---- Regions ----------------------------------------------------------------------------------------------------- */
 
 /* Below this a second thread gains little, and a team that shares its CPUs with others loses whole scheduler slices.
- * A region of two threads costs 5 to 20 us (`./run bench plan`), so they would break even at 10 to 40 us; they are used
- * from five times that on, where an idle second CPU takes 40 % off and a busy one costs least beside the call's own time.
- * `./run bench scaling --neighbour` measures both, and prints where threads begin to win. */
+ * A region of two threads costs 10 to 20 us (`./run bench plan`), so they break even at 20 to 40 us of work; they are
+ * used from five times that on, where an idle second CPU takes 40 % off, and a busy one adds a tenth.  `./run bench
+ * scaling --neighbour` measures both, and prints where threads begin to win. */
 static const double built_parallel_from = 200e3;
 static double set_parallel_from = -1; /* negative: as built */
 

@@ -151,9 +151,9 @@ bool pyreg_allow_interrupts(bool allow); /* do calls from this thread ask?  Retu
  * The n-th allocation of scratch memory from now fails, once; 0: none does. */
 void pyreg_fail_allocation(long n);
 /* The two sizes at which calls change gear, so that both sides can be measured anywhere; no bit depends on them. */
-double pyreg_parallel_from(void);           /* work that is shared among threads: nanoseconds on one thread, estimated */
-void pyreg_set_parallel_from(double ns);    /* negative: as built */
-void pyreg_set_cache_bytes(size_t bytes);   /* what pyreg_cache_bytes() says; 0: as the operating system says */
+double pyreg_parallel_from(void);         /* work that is shared among threads: estimated ns on one thread */
+void pyreg_set_parallel_from(double ns);  /* negative: as built */
+void pyreg_set_cache_bytes(size_t bytes); /* what pyreg_cache_bytes() says; 0: as the operating system says */
 
 /* ---- Build and machine ------------------------------------------------------------------------------------------ */
 enum pyreg_status pyreg_init(void); /* chooses the instruction set: PYREG_ISA, else the best.  Call it first */
