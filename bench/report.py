@@ -33,14 +33,14 @@ def add_arguments(parser):
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--no-run", action="store_true", help="only write the documents, from the files that are there")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance", help="where the files are")
-    parser.add_argument(
-        "--documents", type=Path, nargs="*", default=[ROOT / "docs" / "performance.md", ROOT / "README.md"]
-    )
+    parser.add_argument("--documents", type=Path, nargs="*", help="docs/performance.md and, if not --quick, README.md")
 
 
 def run(args):
     failed = [] if args.no_run else [name for name in args.only if not measure(name, args)]
     results = {path.stem: json.loads(path.read_text()) for path in sorted(args.docs.glob("*.json"))}
+    if args.documents is None:
+        args.documents = [ROOT / "docs" / "performance.md", *[ROOT / "README.md"] * (not args.quick)]
     for document in args.documents:
         text = document.read_text()
         document.write_text(filled(text, results))
