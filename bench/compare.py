@@ -185,7 +185,7 @@ def markdown(result, name):
         ]
         for row in rows
     ]
-    return f"{what}, {rows[0]['threads']} threads, on {where}.\n\n{output.markdown_table(['shape', *columns], body)}"
+    return f"{what.capitalize()}, {rows[0]['threads']} threads, on {where}.\n\n{output.markdown_table(['shape', *columns], body)}"
 
 
 # ---- Plot ------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def shape_of(kernel, nbytes, dtype):
         return n, 64
     if kernel["layout"] == "NHWC":
         return f"{n // 64},64", "1,64"
-    return f"{math.ceil(n / (64 * 784))},64,{min(784, n // 64)} NCHW", "1,64,1 NCHW"
+    return f"32,{max(1, n // (32 * 784))},784 NCHW", "2,1,8 NCHW"
 
 
 def measure_kernels(kernels, dtypes, args, streaming):
