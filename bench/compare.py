@@ -185,7 +185,8 @@ def markdown(result, name):
         ]
         for row in rows
     ]
-    return f"{what.capitalize()}, {rows[0]['threads']} threads, on {where}.\n\n{output.markdown_table(['shape', *columns], body)}"
+    caption = f"{what.capitalize()}, {rows[0]['threads']} threads, on {where}."
+    return f"{caption}\n\n{output.markdown_table(['shape', *columns], body)}"
 
 
 # ---- Plot ------------------------------------------------------------------------------------------------------------
