@@ -1,13 +1,11 @@
 """Models in Flax nnx for train_step.py, as their authors would write them, and one training step of each."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-Layers = Callable[..., Any]
 
 
 class MLP(nnx.Module):
@@ -83,7 +81,7 @@ class Transformer(nnx.Module):
         return x
 
 
-class Case(NamedTuple):
+class Model(NamedTuple):
     kind: Callable[..., nnx.Module]
     width: int
     depth: int
@@ -94,17 +92,17 @@ class Case(NamedTuple):
         return self.kind(self.width, self.depth, self.rate, nnx.Rngs(0))
 
 
-CASES = {
-    "transformer, d=256, 4 layers, s=128, b=16": Case(Transformer, 256, 4, 0.1, (16, 128, 256)),
-    "transformer, d=128, 2 layers, s=128, b=64": Case(Transformer, 128, 2, 0.1, (64, 128, 128)),
-    "MLP, 3 x 1024, b=512": Case(MLP, 1024, 3, 0.5, (512, 1024)),
-    "CNN, 64 channels, 3 blocks, 32 x 32, b=16": Case(CNN, 64, 3, 0.3, (16, 32, 32, 3)),
+MODELS = {
+    "transformer-256": Model(Transformer, width=256, depth=4, rate=0.1, shape=(16, 128, 256)),
+    "transformer-128": Model(Transformer, width=128, depth=2, rate=0.1, shape=(64, 128, 128)),
+    "mlp-1024": Model(MLP, width=1024, depth=3, rate=0.5, shape=(512, 1024)),
+    "cnn-64": Model(CNN, width=64, depth=3, rate=0.3, shape=(16, 32, 32, 3)),
+    "transformer-64": Model(Transformer, width=64, depth=1, rate=0.1, shape=(8, 32, 64)),
+    "mlp-64": Model(MLP, width=64, depth=2, rate=0.5, shape=(32, 64)),
+    "cnn-8": Model(CNN, width=8, depth=1, rate=0.3, shape=(4, 8, 8, 3)),
 }
-QUICK = {
-    "transformer, d=64, 1 layer, s=32, b=8": Case(Transformer, 64, 1, 0.1, (8, 32, 64)),
-    "MLP, 2 x 64, b=32": Case(MLP, 64, 2, 0.5, (32, 64)),
-    "CNN, 8 channels, 1 block, 8 x 8, b=4": Case(CNN, 8, 1, 0.3, (4, 8, 8, 3)),
-}
+FULL = ("transformer-256", "transformer-128", "mlp-1024", "cnn-64")
+QUICK = ("transformer-64", "mlp-64", "cnn-8")
 
 
 def training_step(model: nnx.Module) -> tuple[Callable[[nnx.State, jax.Array], nnx.State], nnx.State]:

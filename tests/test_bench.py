@@ -44,7 +44,7 @@ RUNS = {
 }
 JAX_RUNS = {
     "compare-jax": ["compare", "jax", "--quick", "--shapes", "dropout 16", "--threads", "1", *FAST],
-    "train_step": ["train_step", "--quick", "--dropouts", "off", "Flax", "pyreg", *FAST],
+    "train_step": ["train_step", "--models", "mlp-64", "--layers", "off", "Flax", "pyreg", "--quick", *FAST],
 }
 RECORDS = {  # what a record has, at least
     "compare": {"op", "dtype", "shape", "threads", "elements", "rounds", "seconds", "ratios"},
