@@ -204,6 +204,7 @@ def masked(rate, dims):
 KINDS = {  # pyreg's, and the one it is compared with
     "auto": (dropout(RATE), flax_dropout(RATE)),
     "philox": (dropout(RATE, -1, "philox"), masked(RATE, -1)),
+    "broadcast": (dropout(RATE, (0,)), flax_dropout(RATE, (0,))),
 }
 
 
@@ -218,12 +219,17 @@ MASKS += [name for name in PROGRAMS if name.startswith("vmap")]
 
 
 @pytest.mark.few_by_jax(kind=["auto"], name=MASKS)
-@pytest.mark.parametrize(("kind", "name"), [("auto", name) for name in PROGRAMS] + [("philox", name) for name in MASKS])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("auto", name) for name in PROGRAMS]
+    + [("philox", name) for name in MASKS]
+    + [("broadcast", name) for name in ("eager", "grad", "vmap of both", "vmap of grad by keys")],
+)
 def test_program(jax_backend, quick_compilation, kind, name):
     assert_same(PROGRAMS[name](KINDS[kind][0], integers((4, 6)), jax.random.key(3)), expected(kind, name))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["auto", "philox"])
 def test_export(jax_backend, quick_compilation, kind):
     if jax_backend == "callback":
         pytest.skip("JAX does not export callbacks")
