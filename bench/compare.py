@@ -89,18 +89,21 @@ def check(op, params):
 
 
 def measure(name, op, params, args):
-    """A record for each combination of the parameters.  Each table is printed as soon as it is complete."""
-    records, rest = [], [p for p in params if p not in op.TABLE_BY]
+    """A record for each combination of the parameters."""
     pairs = [(a.format(s), b.format(s)) for s in op.SUBJECTS for _, a, b in op.COLUMNS if b]
-    for chosen in each(params, op.TABLE_BY):
-        table = []
-        cases_of_table = list(each(params, rest))
-        for case in output.progress(cases_of_table, f"{name} {' '.join(map(str, chosen.values()))}"):
-            calls = op.contenders(**chosen, **case, peers=args.peers)
-            record = {"op": name, **chosen, **case, "elements": op.elements(case["shape"])}
-            table.append(record | timing.compare(calls, pairs, args))
-        print_table(name, op, table)
-        records += table
+
+    def contenders(case):
+        calls = op.contenders(**case, peers=args.peers)
+        return calls, [pair for pair in pairs if calls.keys() >= set(pair)]
+
+    chosen = list(each(params, [*op.TABLE_BY, *(p for p in params if p not in op.TABLE_BY)]))
+    samples = timing.in_passes(chosen, contenders, args, lambda steps: output.progress(steps, name))
+    records = [
+        {"op": name, **case, "elements": op.elements(case["shape"]), **timing.compared(s, pairs)}
+        for case, s in zip(chosen, samples, strict=True)
+    ]
+    for table in each(params, op.TABLE_BY):
+        print_table(name, op, [r for r in records if table.items() <= r.items()])
     return records
 
 

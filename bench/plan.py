@@ -109,7 +109,7 @@ def region(args):
     """Two threads on almost nothing over one: what starting and joining them costs."""
     if machine.cpus() < 2:
         return 5e-6
-    _, copy, _ = call_of("philox", 1 << 19)  # two chunks
+    _, copy = call_of("philox", 1 << 19)  # two chunks
     calls = {n: timing.with_threads(n, copy, parallel_from=0) for n in (1, 2)}
     samples = timing.interleave(calls, args)
     return float(max(1e-6, np.median(samples[2]) - np.median(samples[1]) / 2))
@@ -159,7 +159,7 @@ def check(measured, args):
     records = []
     for name in measured["kernels"]:
         for nbytes in (10**6, level // 2):
-            call, _, _ = call_of(name.split()[0], nbytes)
+            call, _ = call_of(name.split()[0], nbytes)
             counts = sorted({1, threads})
             samples = timing.interleave({n: timing.with_threads(n, call) for n in counts}, args)
             for n in counts:

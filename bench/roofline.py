@@ -101,41 +101,46 @@ def shape_of(kernel, nbytes, dtype):
 
 
 def measure_kernels(kernels, dtypes, args, streaming):
-    """Each kernel in turns with the copy and the read of its level.  L2 is for one thread: pyreg uses no more."""
+    """Each kernel in turns with the copy and the read of its level.  L2 is for one thread: pyreg uses no more there."""
+    chosen = [(d, *p) for d in dtypes for p in places(args, FROM) if not (p[0] == "L2" and p[2] > 1)]
+    moved = {}
+
+    def contenders(case):
+        dtype, level, size, n = case
+        calls, moved[case] = bandwidth.contenders(level, size, n, streaming)
+        del calls["write"]  # no kernel only writes
+        return calls | kernel_calls(kernels, dtype, size, n), ()
+
+    samples = timing.in_passes(chosen, contenders, args, lambda steps: output.progress(steps, "kernels"))
     records, core = [], {}
-    for dtype in output.progress(dtypes, "kernels"):
-        for level, size, n in places(args, FROM):
-            if level == "L2" and n > 1:
-                continue
-            calls, moved = bandwidth.contenders(level, size, n, streaming)
-            del calls["write"]  # no kernel only writes
-            samples = timing.interleave(calls | kernel_calls(kernels, dtype, size, n), args)
-            copy = min(
-                (samples[k] / moved[k] for k in ("copy", "streaming copy")), key=lambda s: timing.summary(s)["median"]
-            )
-            read = samples["read"] / moved["read"]
-            for kernel in kernels:
-                name = kernel["name"]
-                shape, _ = shape_of(kernel, size, dtype)
-                elements = cases.load(kernel["op"]).elements(shape)
-                seconds = (samples[name] - np.median(samples[f"call of {name}"])) / elements
-                limit = cases.numpy_dtype(dtype).itemsize * (kernel["reads"] * read + 2 * kernel["copies"] * copy)
-                if level == "L2":
-                    core[name, dtype] = timing.summary(seconds)["median"]
-                records.append(
-                    {
-                        "kernel": name,
-                        "dtype": dtype,
-                        "level": level,
-                        "threads": n,
-                        "shape": shape,
-                        "seconds": timing.summary(seconds),
-                        "limit": timing.summary(limit),
-                        "core": core.get((name, dtype), math.nan) / n,
-                        "ratios": {"kernel / limit": timing.summary(seconds / limit)},
-                    }
-                )
+    for case, s in zip(chosen, samples, strict=True):
+        copies = [s[kind] / moved[case][kind] for kind in ("copy", "streaming copy")]
+        copy, read = min(copies, key=np.median), s["read"] / moved[case]["read"]
+        for kernel in kernels:
+            record = against_limit(kernel, *case, s, copy, read)
+            if record["level"] == "L2":
+                core[record["kernel"], record["dtype"]] = record["seconds"]["median"]
+            record["core"] = core.get((record["kernel"], record["dtype"]), math.nan) / record["threads"]
+            records.append(record)
     return records
+
+
+def against_limit(kernel, dtype, level, size, threads, samples, copy, read):
+    """copy, read: samples of the seconds a byte."""
+    name, (shape, _) = kernel["name"], shape_of(kernel, size, dtype)
+    elements = cases.load(kernel["op"]).elements(shape)
+    seconds = (samples[name] - np.median(samples[f"call of {name}"])) / elements
+    limit = cases.numpy_dtype(dtype).itemsize * (kernel["reads"] * read + 2 * kernel["copies"] * copy)
+    return {
+        "kernel": name,
+        "dtype": dtype,
+        "level": level,
+        "threads": threads,
+        "shape": shape,
+        "seconds": timing.summary(seconds),
+        "limit": timing.summary(limit),
+        "ratios": {"kernel / limit": timing.summary(seconds / limit)},
+    }
 
 
 def kernel_calls(kernels, dtype, size, threads):

@@ -13,6 +13,7 @@ that shares its CPU may wait for a whole time slice: so the tail counts, too.
 """
 
 import contextlib
+import functools
 import signal
 import subprocess
 import sys
@@ -50,19 +51,24 @@ def run(args):
     args.threads = sorted({1, *args.threads})
     calls = {call: config["calls"][call] for call in args.calls or config["calls"]}
 
-    records = {"strong": each(strong, "strong scaling", calls, sizes["bytes"], args)}
+    pairs = pairs_of(args.threads)
+    found_strong = each(strong, pairs, "strong scaling", calls, sizes["bytes"], args)
+    records = {"strong": with_efficiency(found_strong, args.threads, divide=True)}
     records["pay from"] = pay_from(records["strong"], args.threads)
     print_strong(records["strong"])
     for line in pay_from_lines({"built": built_in(), "records": records}):
         console.print(line)
     if args.threads[-1] > 1:
-        records["weak"] = each(weak, "weak scaling", calls, sizes["weak"], args)
+        found_weak = each(weak, pairs, "weak scaling", calls, sizes["weak"], args)
+        records["weak"] = with_efficiency(found_weak, args.threads, divide=False)
         print_weak(records["weak"])
     if args.neighbour:
-        records["neighbour"] = each(beside_neighbour, "busy neighbour", calls, sizes["neighbour"], args)
+        chosen = [(call, n) for n in sizes["neighbour"] for call in calls]
+        records["neighbour"] = [beside_neighbour(*case, args) for case in output.progress(chosen, "busy neighbour")]
         print_neighbour(records["neighbour"])
     if args.stores:
-        records["stores"] = each(stores, "stores", STREAMING, sizes["stores"], args)
+        pair = [("ordinary", "around")]
+        records["stores"] = each(stores, pair, "stores", STREAMING, sizes["stores"], args)
         print_stores(records["stores"])
     _core.set_gears()
     output.finish(args, found, records, lambda path: plot(records, found, path), built=built_in())
@@ -74,57 +80,57 @@ def built_in():
     return {name: timing.BUILT[name] for name in ("parallel_from_ns", "cache_bytes")}
 
 
-def each(measure, text, calls, sizes, args):
-    pairs = [(call, n) for n in sizes for call in calls]
-    return [measure(call, n, args) for call, n in output.progress(pairs, text)]
+def each(contenders, pairs, text, calls, sizes, args):
+    """A record for each call and size."""
+    chosen = [(call, n) for n in sizes for call in calls]
+    show = functools.partial(output.progress, text=text)
+    samples = timing.in_passes(chosen, lambda case: (contenders(*case, args), pairs), args, show)
+    return [
+        {"call": call, "bytes": n, **timing.compared(s, pairs)} for (call, n), s in zip(chosen, samples, strict=True)
+    ]
 
 
 def call_of(name, nbytes):
-    """The call on an array of so many bytes, the copy of it, and its elements."""
+    """The call on an array of so many bytes, and the copy of it."""
     op = cases.load(cases.shapes("scaling")["calls"][name])
     elements = max(1, nbytes // 4)
     shape = elements
     if op.__name__.endswith("batchnorm"):
-        rows = max(1, elements // CHANNELS)
-        shape, elements = f"{rows},{CHANNELS}", rows * CHANNELS
+        shape = f"{max(1, elements // CHANNELS)},{CHANNELS}"
     calls = op.contenders(dtype="float32", shape=shape, threads=1)
-    return calls[f"{name} out="], calls["copy"], elements
+    return calls[f"{name} out="], calls["copy"]
 
 
 # ---- Strong and weak -------------------------------------------------------------------------------------------------
 
 
-def scaled(times, threads):
-    """Speedups over one thread: of the call, of the copy, and the efficiencies."""
-    speedup = {n: times["ratios"][f"1 / {n}"]["median"] for n in threads[1:]}
-    copy = {n: times["ratios"][f"copy 1 / copy {n}"]["median"] for n in threads[1:]}
-    return {
-        "efficiency": {str(n): speedup[n] / n for n in speedup},
-        "copy efficiency": {str(n): copy[n] / n for n in copy},
-    }
+def pairs_of(threads):
+    return [(f"{kind}1", f"{kind}{n}") for n in threads[1:] for kind in ("", "copy ")]
 
 
 def strong(name, nbytes, args):
-    call, copy, elements = call_of(name, nbytes)
+    call, copy = call_of(name, nbytes)
     calls = {str(n): with_threads(n, call, parallel_from=0) for n in args.threads}
-    calls |= {f"copy {n}": with_threads(n, copy, parallel_from=0) for n in args.threads}
-    pairs = [(f"{kind}1", f"{kind}{n}") for n in args.threads[1:] for kind in ("", "copy ")]
-    times = timing.compare(calls, pairs, args)
-    return {"call": name, "bytes": nbytes, "elements": elements, **times, **scaled(times, args.threads)}
+    return calls | {f"copy {n}": with_threads(n, copy, parallel_from=0) for n in args.threads}
 
 
 def weak(name, nbytes, args):
     """The same work for each thread: the time should stay."""
     calls = {}
     for n in args.threads:
-        call, copy, _elements = call_of(name, n * nbytes)
+        call, copy = call_of(name, n * nbytes)
         calls[str(n)] = with_threads(n, call, parallel_from=0)
         calls[f"copy {n}"] = with_threads(n, copy, parallel_from=0)
-    pairs = [(f"{kind}1", f"{kind}{n}") for n in args.threads[1:] for kind in ("", "copy ")]
-    times = timing.compare(calls, pairs, args)
-    efficiency = {str(n): times["ratios"][f"1 / {n}"]["median"] for n in args.threads[1:]}
-    copies = {str(n): times["ratios"][f"copy 1 / copy {n}"]["median"] for n in args.threads[1:]}
-    return {"call": name, "bytes": nbytes, **times, "efficiency": efficiency, "copy efficiency": copies}
+    return calls
+
+
+def with_efficiency(records, threads, divide):
+    """Adds that of the call and of the copy, for each number of threads: the ratio over it, if it is to be divided."""
+    for r in records:
+        for key, kind in (("efficiency", ""), ("copy efficiency", "copy ")):
+            speedup = {n: r["ratios"][f"{kind}1 / {kind}{n}"]["median"] for n in threads[1:]}
+            r[key] = {str(n): s / n if divide else s for n, s in speedup.items()}
+    return records
 
 
 def pay_from(records, threads):
@@ -218,7 +224,7 @@ def times_of(call, seconds):
 
 def beside_neighbour(name, nbytes, args):
     """The distribution of the time, idle and with the neighbour, in turns; over the median of one idle thread."""
-    call, _, _ = call_of(name, nbytes)
+    call, _ = call_of(name, nbytes)
     times = {(n, busy): [] for busy in (False, True) for n in args.threads}
     with neighbour() as process:
         for _ in range(3):
@@ -256,12 +262,9 @@ def print_neighbour(records):
 
 def stores(name, nbytes, args):
     """The time with ordinary stores over that with stores around the cache, all threads."""
-    call, _, elements = call_of(name, nbytes)
-    n = args.threads[-1]
-
-    around, ordinary = (with_threads(n, call, cache_bytes=size) for size in (1, sys.maxsize))
-    times = timing.compare({"around": around, "ordinary": ordinary}, [("ordinary", "around")], args)
-    return {"call": name, "bytes": nbytes, "elements": elements, "threads": n, **times}
+    call, _ = call_of(name, nbytes)
+    sizes = {"around": 1, "ordinary": sys.maxsize}
+    return {kind: with_threads(args.threads[-1], call, cache_bytes=size) for kind, size in sizes.items()}
 
 
 STORES_HEADER = ["call", "bytes of x", "of all arrays", "ordinary / around the cache"]

@@ -11,15 +11,28 @@ from pyreg import _core
 
 SAMPLE_SECONDS = 0.4e-3  # quick calls are repeated until a sample is about this long
 WARM_BELOW_SECONDS = 5e-3  # quicker ones run once untimed before each sample: what came before has filled the caches
-UNSTEADY = 0.1  # a median that moves by more than this within the run would not come out again
-LEAST_ROUNDS = 6
+UNSTEADY = 0.1  # a median that moves by more than this within the run may not come out again
+PASSES = 2
+LEAST_ROUNDS = 4  # in a pass
 
 
 def add_arguments(parser):
     parser.add_argument("--rounds", type=int, default=20, help="in which contenders take turns (%(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help=f"a case, from round {LEAST_ROUNDS} on (%(default)s)"
-    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="for a case, roughly (%(default)s)")
+
+
+def in_passes(cases, contenders, args, show=lambda steps: steps):
+    """Samples of each case by contender: half of them in a first pass over all cases, half in a second.
+
+    contenders(case): the calls, and the pairs of names whose ratios are wanted.  What differs between two runs (where
+    arrays happen to lie, other work on the machine for a minute) then differs between the passes, too.
+    """
+    kept = [[] for _ in cases]
+    each = type("Pass", (), {"rounds": math.ceil(args.rounds / PASSES), "seconds": args.seconds / PASSES})
+    for i in show([i for _ in range(PASSES) for i in range(len(cases))]):
+        calls, pairs = contenders(cases[i])
+        kept[i].append(interleave(calls, each, pairs))
+    return [{name: np.concatenate([s[name] for s in passes]) for name in passes[0]} for passes in kept]
 
 
 def interleave(contenders, args, pairs=()):
@@ -39,7 +52,7 @@ def interleave(contenders, args, pairs=()):
         spent = time.perf_counter() - start
         if done >= min(args.rounds, LEAST_ROUNDS) and spent > args.seconds:
             break
-        if done % args.rounds == 0 and done and not any(unsteady(summary(ratio(samples, *pair))) for pair in pairs):
+        if done % args.rounds == 0 and done and not any(unsteady(summary(ratio(samples, *p))) for p in pairs):
             break
         for name, timer in timers.items():
             if not samples[name] or samples[name][-1] < WARM_BELOW_SECONDS:
@@ -53,25 +66,22 @@ def ratio(samples, a, b):
 
 
 def summary(samples):
-    """spread: how far the median of a third of the run is from that of the whole, at most."""
-    median = np.median(samples)
-    thirds = [np.median(third) for third in np.array_split(samples, 3) if len(third)]
-    spread = max(abs(third / median - 1) for third in thirds)
-    return {"min": float(np.min(samples)), "median": float(median), "spread": float(spread)}
+    """spread: how far the medians of four parts of the run are from each other, at most."""
+    medians = [np.median(part) for part in np.array_split(samples, 4) if len(part)]
+    spread = max(medians) / min(medians) - 1 if min(medians) > 0 else 1.0
+    return {"min": float(np.min(samples)), "median": float(np.median(samples)), "spread": float(spread)}
 
 
 def unsteady(ratio):
     return ratio["spread"] > UNSTEADY
 
 
-def compare(contenders, pairs, args):
+def compared(samples, pairs):
     """The summaries of all times, and of the ratios a / b of the pairs (a, b) that are there."""
-    pairs = [(a, b) for a, b in pairs if a in contenders and b in contenders]
-    samples = interleave(contenders, args, pairs)
     return {
         "rounds": len(next(iter(samples.values()))),
         "seconds": {name: summary(s) for name, s in samples.items()},
-        "ratios": {f"{a} / {b}": summary(ratio(samples, a, b)) for a, b in pairs},
+        "ratios": {f"{a} / {b}": summary(ratio(samples, a, b)) for a, b in pairs if a in samples and b in samples},
     }
 
 

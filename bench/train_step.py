@@ -65,14 +65,10 @@ def measure(model, args):
     for name, variant in variants.items():
         pairs = zip(after[name], after["Flax"], strict=True)
         variant["difference from Flax"] = max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
-    times = timing.compare(steps, [(name, "off") for name in steps], args)
-    return {
-        "model": model,
-        **MODELS[model]._asdict(),
-        "kind": MODELS[model].kind.__name__,
-        **times,
-        "variants": variants,
-    }
+    pairs = [(name, "off") for name in steps]
+    times = timing.compared(timing.interleave(steps, args, pairs), pairs)
+    about = {**MODELS[model]._asdict(), "kind": MODELS[model].kind.__name__}
+    return {"model": model, **about, **times, "variants": variants}
 
 
 def compared(name):

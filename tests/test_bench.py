@@ -219,10 +219,19 @@ def test_a_case_ends_when_its_time_is_over():
     assert len(samples["a"]) == timing.LEAST_ROUNDS
 
 
+def test_cases_are_measured_in_passes():
+    made = []
+    cases = ["x", "y"]
+    samples = timing.in_passes(cases, lambda case: (made.append(case), ({"a": lambda: None}, ()))[1], arguments(6))
+    assert made == ["x", "y", "x", "y"]
+    assert [len(s["a"]) for s in samples] == [6, 6]
+
+
 def test_unsteady_ratios_get_more_rounds_and_a_mark(monkeypatch):
     assert not timing.unsteady(timing.summary([2.0] * 9))
     drifting = timing.summary([1.0] * 6 + [1.5] * 6)
     assert timing.unsteady(drifting)
+    assert drifting["spread"] == pytest.approx(0.5)
     assert output.ratio_text(drifting).startswith("~")
     monkeypatch.setattr(timing, "summary", lambda samples: drifting)
     calls = {"a": lambda: None, "b": lambda: None}
