@@ -30,7 +30,8 @@ def start():
             value = ", ".join(f"{k} {bytes_text(v) if name == 'caches' else v}" for k, v in value.items() if v) or "-"
         console.print(f"[dim]{name:>22}[/]  {value}")
     if found["busy CPUs at the start"] > machine.BUSY:
-        console.print(f"[yellow]{found['busy CPUs at the start']} CPUs are busy with something else already[/]")
+        busy = found["busy CPUs at the start"]
+        console.print(f"[yellow]{busy} CPUs are busy with something else: another run may disagree in any figure[/]")
     return found
 
 
