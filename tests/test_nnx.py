@@ -343,7 +343,7 @@ def mlp(rate=0.2, seed=0):
         jax.nn.relu,
         nnx.Dropout(rate, rngs=rngs),
         nnx.Linear(16, 16, rngs=rngs),
-        nnx.Dropout(rate, broadcast_dims=(0,), rngs=rngs),
+        nnx.Dropout(rate, rngs=rngs),  # with broadcast_dims XLA of JAX 0.9 fuses Flax's with the product
         nnx.Linear(16, 2, rngs=rngs),  # not 1, whose product XLA may fuse with Flax's dropout
     )
 
