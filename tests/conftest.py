@@ -44,13 +44,16 @@ def x64(request):
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.fixture
-def quick_compilation():
+def quick():
     """XLA does without most optimisations while the test runs: threefry takes a second to compile with them."""
     jax = pytest.importorskip("jax")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick_compilation = pytest.fixture(quick, name="quick_compilation")
+quick_compilation_of_module = pytest.fixture(quick, name="quick_compilation_of_module", scope="module")  # hypothesis's
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out

@@ -93,3 +93,32 @@ for name in {names}:
 """
     flags = f"--xla_force_host_platform_device_count={devices}"
     python(code, warnings="ignore", timeout=300, XLA_FLAGS=flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+
+
+def outcome(f, *args):
+    """What a function returns, or its error as text."""
+    try:
+        return f(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def assert_alike(f, families):
+    """A function of Flax's family of layers or ours returns the same."""
+    theirs, ours = families
+    assert_same(f(ours), f(theirs))
+
+
+def assert_alike_or_wrong(f, families):
+    """A function of Flax's family of layers or ours returns the same, or complains the same."""
+    theirs, ours = (outcome(f, family) for family in families)
+    if isinstance(theirs, str) or isinstance(ours, str):
+        assert ours == theirs
+    else:
+        assert_same(ours, theirs)
+
+
+def ulps(y, want):
+    """The largest error, in units in the last place of the largest value in float32."""
+    y, want = np.asarray(y, np.float64), np.asarray(want, np.float64)
+    return np.abs(y - want).max() / np.spacing(np.abs(want).max().astype(np.float32))

@@ -4,6 +4,7 @@ import functools
 import inspect
 import warnings
 
+import jaxcommon
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import reference
 from common import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxcommon import assert_same, jax
+from jaxcommon import assert_same, jax, outcome, ulps
 from test_batchnorm import offset_normal
 
 with warnings.catch_warnings():
@@ -24,32 +25,12 @@ import pyreg.linen
 
 jnp = jax.numpy
 FAMILIES = (linen, pyreg.linen)
+assert_alike = functools.partial(jaxcommon.assert_alike, families=FAMILIES)
+assert_alike_or_wrong = functools.partial(jaxcommon.assert_alike_or_wrong, families=FAMILIES)
 HALF = 0.5  # whose scale is exact, so that it is the same if XLA divides, as it may outside jit
 KEY = jax.random.key(0)
 RNGS = {"params": KEY, "dropout": jax.random.key(1), "noise": jax.random.key(2)}
 apart = jax.lax.optimization_barrier
-
-
-def assert_alike(f):
-    """A function of linen or pyreg.linen returns the same."""
-    assert_same(f(pyreg.linen), f(linen))
-
-
-def assert_alike_or_wrong(f):
-    """A function of linen or pyreg.linen returns the same, or complains the same."""
-    theirs, ours = (outcome(f, family) for family in FAMILIES)
-    if isinstance(theirs, str) or isinstance(ours, str):
-        assert ours == theirs
-    else:
-        assert_same(ours, theirs)
-
-
-def outcome(f, *args):
-    """What a function returns, or its error as text."""
-    try:
-        return f(*args)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
@@ -236,14 +217,6 @@ def derivative(model, params, x, rngs):
 
     (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
     return y, grads
-
-
-@pytest.fixture(scope="module")
-def quick_compilation_of_module():
-    """As quick_compilation, for hypothesis."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @settings(max_examples=8)
@@ -483,12 +456,6 @@ def test_attention_with_philox(quick_compilation, broadcast):
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
 
-def errors(y, want):
-    """In units in the last place of the largest value."""
-    y, want = np.asarray(y, np.float64), np.asarray(want, np.float64)
-    return np.abs(y - want).max() / np.spacing(np.abs(want).max().astype(np.float32))
-
-
 def norm(family, x, options, **call):
     """Result, running statistics, and the layer's parameters."""
     layer = family.BatchNorm(**{"momentum": 0.9, "use_running_average": False, **options})
@@ -527,7 +494,7 @@ def test_batch_norm(quick_compilation, name, masked):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     scale, bias = (ours[2].get(k) for k in ("scale", "bias"))
     want, mean, var = reference.batch_norm(x, scale, bias, axis, options.get("epsilon", 1e-5), mask)
-    assert errors(ours[0], want) <= min(4, errors(theirs[0], want) + 1)
+    assert ulps(ours[0], want) <= min(4, ulps(theirs[0], want) + 1)
     for k, new, start in (("mean", mean, 0), ("var", var, 1)):
         np.testing.assert_allclose(ours[1][k], m * start + (1 - m) * new, rtol=3e-7, atol=1e-7)
         np.testing.assert_allclose(ours[1][k], theirs[1][k], rtol=1e-6, atol=1e-6)
@@ -542,8 +509,8 @@ def test_statistics_far_from_zero():
     want, mean, var = reference.batch_norm(x, ours[2]["scale"], ours[2]["bias"])
     np.testing.assert_allclose(ours[1]["mean"], mean, rtol=1e-7)
     np.testing.assert_allclose(ours[1]["var"], var, rtol=1e-6)
-    assert errors(ours[0], want) < 4
-    assert errors(theirs[0], want) > 1000
+    assert ulps(ours[0], want) < 4
+    assert ulps(theirs[0], want) > 1000
 
 
 TYPES = [
@@ -718,6 +685,6 @@ def test_random_batch_norm(quick_compilation_of_module, shape, data, offset, dty
     theirs, ours = (norm(family, jnp.asarray(x), {"axis": axis, "momentum": 0.0}) for family in FAMILIES)
     want, mean, var = reference.batch_norm(x, ours[2]["scale"], ours[2]["bias"], axis=axis)
     assert ours[0].dtype == theirs[0].dtype
-    assert errors(ours[0], want) <= min(4, errors(theirs[0], want) + 1)
+    assert ulps(ours[0], want) <= min(4, ulps(theirs[0], want) + 1)
     np.testing.assert_allclose(ours[1]["mean"], mean, rtol=3e-7, atol=1e-7)
     np.testing.assert_allclose(ours[1]["var"], var, rtol=1e-6, atol=1e-7)

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import warnings
 
+import jaxcommon
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import reference
 from common import normal, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxcommon import assert_same, jax, nnx
+from jaxcommon import assert_same, jax, nnx, outcome, ulps
 from test_batchnorm import offset_normal
 
 import pyreg.jax
@@ -21,6 +22,8 @@ import pyreg.nnx
 
 jnp = jax.numpy
 FAMILIES = (nnx, pyreg.nnx)
+assert_alike = functools.partial(jaxcommon.assert_alike, families=FAMILIES)
+assert_alike_or_wrong = functools.partial(jaxcommon.assert_alike_or_wrong, families=FAMILIES)
 HALF = 0.5  # whose scale is exact, so that it is the same if XLA divides, as it may outside jit
 
 
@@ -33,32 +36,6 @@ def raw(tree):
 def state(model):
     """With the types and metadata of all variables, which are part of the tree's structure."""
     return raw(nnx.state(model))
-
-
-def outcome(f, *args):
-    """What a function returns, or its error."""
-    try:
-        return f(*args)
-    except Exception as error:
-        return type(error), str(error)
-
-
-def failed(result):
-    return isinstance(result, tuple) and isinstance(result[0], type)
-
-
-def assert_alike(f):
-    """A function of nnx or pyreg.nnx returns the same."""
-    assert_same(f(pyreg.nnx), f(nnx))
-
-
-def assert_alike_or_wrong(f):
-    """A function of nnx or pyreg.nnx returns the same, or complains the same."""
-    theirs, ours = (outcome(f, module) for module in FAMILIES)
-    if failed(theirs) or failed(ours):
-        assert ours == theirs
-    else:
-        assert_same(ours, theirs)
 
 
 def pair(make):
@@ -170,7 +147,7 @@ def test_inputs(name, rate):
         return family.Dropout(rate)(x, rngs=jax.random.key(1))
 
     assert_alike_or_wrong(run)
-    if isinstance(x, jax.Array) and not failed(outcome(run, nnx)):
+    if isinstance(x, jax.Array) and not isinstance(outcome(run, nnx), str):
         assert run(pyreg.nnx).weak_type == run(nnx).weak_type
 
 
@@ -328,14 +305,6 @@ def test_random_models(quick_compilation_of_module, model, seed):
     assert_same(state(ours), state(theirs))
 
 
-@pytest.fixture(scope="module")
-def quick_compilation_of_module():
-    """As quick_compilation, for hypothesis."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def mlp(rate=0.2, seed=0):
     rngs = nnx.Rngs(seed)
     return nnx.Sequential(
@@ -444,7 +413,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(quick_compilation, name):
     x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (4, 6)).astype(np.float32))
-    if name == "pickle" and failed(outcome(pickle.dumps, jax.random.key(0))):
+    if name == "pickle" and isinstance(outcome(pickle.dumps, jax.random.key(0)), str):
         pytest.skip("JAX before 0.10 does not pickle keys")
     theirs, ours = pair(lambda: model_of(x))
     assert_same(PROGRAMS[name](ours, x), PROGRAMS[name](theirs, x))
@@ -724,15 +693,9 @@ def test_attention_with_philox(broadcast):
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
 
-def errors(y, want):
-    """In units in the last place of the largest value."""
-    y, want = np.asarray(y, np.float64), np.asarray(want, np.float64)
-    return np.abs(y - want).max() / np.spacing(np.abs(want).max().astype(np.float32))
-
-
 def assert_good(theirs, ours, want, bound=4):
     """Within 4 ulp of a float64 reference, and never further from it than Flax's by more than an ulp."""
-    assert errors(ours, want) <= min(bound, errors(theirs, want) + 1)
+    assert ulps(ours, want) <= min(bound, ulps(theirs, want) + 1)
 
 
 def norm(family, x, options, channels=3, **call):
@@ -788,8 +751,8 @@ def test_statistics_far_from_zero():
     want, mean, var = reference.batch_norm(x, np.asarray(layer.scale[...]), np.asarray(layer.bias[...]))
     np.testing.assert_allclose(layer.mean[...], mean, rtol=1e-7)
     np.testing.assert_allclose(layer.var[...], var, rtol=1e-6)
-    assert errors(ours, want) < 4
-    assert errors(theirs, want) > 1000
+    assert ulps(ours, want) < 4
+    assert ulps(theirs, want) > 1000
     assert np.abs(flax.var[...] - var).max() > 0.1
 
 
@@ -909,7 +872,7 @@ def test_axis_name_pools_by_elements(quick_compilation):
     layer.axis_name = "parts"
     parameters = np.asarray(layer.scale[...]), np.asarray(layer.bias[...])
     want = reference.batch_norm(x.reshape(16, 3), *parameters, mask=mask.reshape(16, 3))[0]
-    assert errors(call(layer, x, mask)[0].reshape(16, 3), want) < 4
+    assert ulps(call(layer, x, mask)[0].reshape(16, 3), want) < 4
 
 
 class Normed(nnx.Module):
