@@ -35,6 +35,7 @@ def add_arguments(parser):
     parser.add_argument("--calls", nargs="+", choices=cases.shapes("scaling")["calls"])
     parser.add_argument("--sizes", type=output.integer, nargs="+", help="bytes of x")
     parser.add_argument("--threads", type=int, nargs="+", default=machine.thread_counts(), help="1 is added")
+    parser.add_argument("--dtype", default="float32", help="(%(default)s)")
     parser.add_argument("--neighbour", action="store_true", help="also with a busy process")
     parser.add_argument("--stores", action="store_true", help="also with and without stores around the cache")
     timing.add_arguments(parser)
@@ -71,9 +72,9 @@ def run(args):
         records["stores"] = each(stores, pair, "stores", STREAMING, sizes["stores"], args)
         print_stores(records["stores"])
     _core.set_gears()
-    output.finish(args, found, records, lambda path: plot(records, found, path), built=built_in())
+    output.finish(args, found, records, lambda path: plot(records, found, path), built=built_in(), dtype=args.dtype)
     if args.markdown:
-        print(f"\n{markdown({'machine': found, 'records': records})}")
+        print(f"\n{markdown({'machine': found, 'dtype': args.dtype, 'records': records})}")
 
 
 def built_in():
@@ -90,14 +91,14 @@ def each(contenders, pairs, text, calls, sizes, args):
     ]
 
 
-def call_of(name, nbytes):
+def call_of(name, nbytes, dtype="float32"):
     """The call on an array of so many bytes, and the copy of it."""
     op = cases.load(cases.shapes("scaling")["calls"][name])
-    elements = max(1, nbytes // 4)
+    elements = max(1, nbytes // cases.numpy_dtype(dtype).itemsize)
     shape = elements
     if op.__name__.endswith("batchnorm"):
         shape = f"{max(1, elements // CHANNELS)},{CHANNELS}"
-    calls = op.contenders(dtype="float32", shape=shape, threads=1)
+    calls = op.contenders(dtype=dtype, shape=shape, threads=1)
     return calls[f"{name} out="], calls["copy"]
 
 
@@ -109,7 +110,7 @@ def pairs_of(threads):
 
 
 def strong(name, nbytes, args):
-    call, copy = call_of(name, nbytes)
+    call, copy = call_of(name, nbytes, args.dtype)
     calls = {str(n): with_threads(n, call, parallel_from=0) for n in args.threads}
     return calls | {f"copy {n}": with_threads(n, copy, parallel_from=0) for n in args.threads}
 
@@ -118,7 +119,7 @@ def weak(name, nbytes, args):
     """The same work for each thread: the time should stay."""
     calls = {}
     for n in args.threads:
-        call, copy = call_of(name, n * nbytes)
+        call, copy = call_of(name, n * nbytes, args.dtype)
         calls[str(n)] = with_threads(n, call, parallel_from=0)
         calls[f"copy {n}"] = with_threads(n, copy, parallel_from=0)
     return calls
@@ -158,7 +159,7 @@ def print_strong(records):
     for r in records:
         row = [r["call"], bytes_text(r["bytes"])] + [time_text(r["seconds"][k]["median"]) for k in ("1", "copy 1")]
         rows.append(row + strong_cells(r))
-    output.print_table("strong scaling, float32: speedup (minimum), efficiency, that of a copy", header, rows)
+    output.print_table("strong scaling: speedup (minimum), efficiency, that of a copy", header, rows)
 
 
 def strong_header(records):
@@ -224,7 +225,7 @@ def times_of(call, seconds):
 
 def beside_neighbour(name, nbytes, args):
     """The distribution of the time, idle and with the neighbour, in turns; over the median of one idle thread."""
-    call, _ = call_of(name, nbytes)
+    call, _ = call_of(name, nbytes, args.dtype)
     times = {(n, busy): [] for busy in (False, True) for n in args.threads}
     with neighbour() as process:
         for _ in range(3):
@@ -262,7 +263,7 @@ def print_neighbour(records):
 
 def stores(name, nbytes, args):
     """The time with ordinary stores over that with stores around the cache, all threads."""
-    call, _ = call_of(name, nbytes)
+    call, _ = call_of(name, nbytes, args.dtype)
     sizes = {"around": 1, "ordinary": sys.maxsize}
     return {kind: with_threads(args.threads[-1], call, cache_bytes=size) for kind, size in sizes.items()}
 
@@ -292,7 +293,8 @@ def markdown(result):
         for r in records["strong"]
     ]
     parts = [
-        f"Strong scaling, float32, on {machine.title(result['machine'])}: speedup (its minimum), efficiency, a copy's.",
+        f"Strong scaling, {result['dtype']}, on {machine.title(result['machine'])}: "
+        "speedup (its minimum), efficiency, that of a copy.",
         output.markdown_table(["call", "bytes", "1 thread", *strong_header(records["strong"])], rows, left=1),
     ]
     return "\n\n".join(parts)

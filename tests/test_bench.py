@@ -258,9 +258,10 @@ def test_losses_are_what_a_peer_does_quicker():
 
 def test_loops_of_the_bandwidth():
     loops = bandwidth.Loops(1 << 16)
-    loops.source[:], loops.target[:] = np.arange(1 << 15) % 251, 0
+    pattern = np.arange(1 << 15) % 251
+    loops.source[:], loops.target[:] = pattern, 0
     assert loops.copy() == 2 * loops.passes * (1 << 15)
-    np.testing.assert_array_equal(loops.target, loops.source)
+    np.testing.assert_array_equal(loops.target, pattern)
     assert loops.read() == loops.write() == loops.passes << 16
     assert (loops.whole == 1).all()
 

@@ -1,5 +1,6 @@
 """Dropout against its peers: what is run, what is compared with what, and whether the results are right."""
 
+import functools
 from importlib.util import find_spec
 
 import numpy as np
@@ -82,6 +83,7 @@ def torch_call(x, rate, threads):
     return lambda: torch.nn.functional.dropout(tensor, rate)
 
 
+@functools.cache  # and with it what was compiled
 def flax_function(rate):
     import jax
     from flax import nnx
