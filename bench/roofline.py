@@ -7,7 +7,7 @@ a kernel has to read and copy is in bench/shapes/roofline.toml; its limit is the
 same level, by as many threads, taken in turns with it.  A ratio below 1 is no error: kernels prefetch, and memmove
 does not always.  `core` is the kernel's time on data in the second-level cache, by one thread, over the number of
 threads.  Where a kernel is further than 1.3 times from its limit, `time goes to` arithmetic if core alone explains it,
-or both in turns if core and limit do together.
+to both in turns if core and limit do together, and else to neither: to waiting, or to traffic that was not counted.
 """
 
 import math
