@@ -186,18 +186,15 @@ def print_kernels(dtype, records):
 
 def explanations(records):
     """A sentence for each kernel that is far from its limit beyond the cache, all threads."""
-    texts = {kernel["name"]: kernel["slower"] for kernel in cases.shapes("roofline")["kernel"]}
+    config = cases.shapes("roofline")
     most = max((r["threads"] for r in records), default=1)
-    for name, text in texts.items():
-        far = [
-            (r["ratios"]["kernel / limit"]["median"], r)
-            for r in records
-            if r["kernel"] == name and r["level"] == "memory" and r["threads"] == most
-        ]
-        far = [(ratio, r) for ratio, r in far if ratio > FAR]
+    for kernel in config["kernel"]:
+        mine = [r for r in records if (r["kernel"], r["level"], r["threads"]) == (kernel["name"], "memory", most)]
+        far = {r["dtype"]: r for r in mine if r["ratios"]["kernel / limit"]["median"] > FAR}
+        what = ", ".join(f"{d} {r['ratios']['kernel / limit']['median']:.2f}x, {bound(r)}" for d, r in far.items())
+        more = [text for dtype, text in config["slower"].get(kernel["op"], {}).items() if dtype in far]
         if far:
-            what = ", ".join(f"{r['dtype']} {ratio:.2f}x, {bound(r)}" for ratio, r in far)
-            yield f"{name} ({what}): {text}"
+            yield " ".join([f"{kernel['name']} ({what}): {kernel['slower']}", *more])
 
 
 def markdown(result):
