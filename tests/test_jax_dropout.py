@@ -271,6 +271,22 @@ def test_operands_of_programs_are_not_written_over(impl):
         assert "output_operand_alias" not in jax.jit(f).lower(integers((4, 6)), jax.random.key(0)).as_text()
 
 
+@pytest.mark.parametrize("impl", ["auto", "philox"])
+def test_results_of_operations_are_written_over(impl):
+    """Where nothing else needs them; else XLA copies."""
+    d = dropout(RATE, (), impl)
+    x, key = integers((40, 60)), jax.random.key(0)
+
+    def program(x, key):
+        a = x + 1
+        return d(a, key), a
+
+    assert "output_operand_alias" in jax.jit(program).lower(x, key).as_text()
+    y, a = jax.jit(program)(x, key)
+    assert_same(a, x + 1)
+    assert_same(y, d(x + 1, key))
+
+
 # ---- Values ----------------------------------------------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ def define(
 
     _need_devices.add(primitive)
     mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True))
-    mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+    mlir.register_lowering(primitive, lower_cpu, platform="cpu", cacheable=False)  # a cache hides what operands are
     return primitive
 
 
