@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 import pyreg
 from bench import __main__ as program
@@ -64,7 +65,8 @@ RECORDS = {  # what a record has, at least
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_afterwards():
-    yield
+    with threadpool_limits():  # PyTorch's number of threads is OpenMP's
+        yield
     pyreg.set_num_threads(None)
     _core.set_gears()
 

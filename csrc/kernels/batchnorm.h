@@ -39,6 +39,18 @@ static inline narrow load_narrow(const elem_t *x) {
     return v;
 }
 
+#if defined(PYREG_F16)
+static inline void store_narrow(elem_t *to, const acc_t *from) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storel_epi64((__m128i *)to, _mm_cvtps_ph(_mm_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (size_t l = 0; l < LANES64; l++) to[l] = store(from[l]);
+#endif
+}
+#endif
+
 /* The first n elements, 0 < n <= LANES64, and zeros. */
 static inline narrow load_part(const elem_t *x, size_t n) {
 #if defined(PYREG_F32) && defined(__AVX512F__)
@@ -354,27 +366,103 @@ struct sweep {
     acc_t floor;
 };
 
-/* Elements j .. j + n - 1 of the line, with coefficients k .. k + n - 1, or k for all. */
-static ALWAYS_INLINE void sweep_run(const struct coefficients *c, const struct sweep *s, size_t j, size_t k, size_t n,
-                                    bool channel_line, elem_t *out, elem_t *dresidual) {
+/* Some elements of it, ready for the loop: gcc converts float16 quickly only in loops that do nothing else. */
+#if defined(PYREG_F16)
+typedef acc_t value_t;
+static inline acc_t read_value(value_t v) { return v; }
+static inline value_t write_value(acc_t a) { return a; }
+#else
+typedef elem_t value_t;
+static inline acc_t read_value(value_t v) { return load(v); }
+static inline value_t write_value(acc_t a) { return store(a); }
+#endif
+
+struct values {
+    const value_t *x, *residual, *dy, *relu_y;
+    const uint8_t *mask;
+    value_t *out, *dresidual;
+    acc_t floor;
+};
+
+/* n values, with coefficients k .. k + n - 1, or k for all. */
+static ALWAYS_INLINE void sweep_values(const struct coefficients *c, const struct values *v, size_t k, size_t n,
+                                       bool channel_line) {
 #pragma GCC unroll 1
 #pragma GCC ivdep
     for (size_t i = 0; i < n; i++) {
         const size_t m = channel_line ? k : k + i;
-        const acc_t d = load(s->x[j + i]) - c->centre[m];
-        if (s->dy) {
-            elem_t g = s->dy[j + i];
-            if (s->relu_y) g = load(s->relu_y[j + i]) > 0 ? g : 0;
+        const acc_t d = read_value(v->x[i]) - c->centre[m];
+        if (v->dy) {
+            value_t g = v->dy[i];
+            if (v->relu_y) g = read_value(v->relu_y[i]) > 0 ? g : 0;
             acc_t through_statistics = c->slope[m] * d + c->offset[m];
-            if (s->mask) through_statistics = s->mask[j + i] ? through_statistics : 0;
-            if (dresidual) dresidual[i] = g;
-            out[i] = store(c->gain[m] * load(g) + through_statistics);
+            if (v->mask) through_statistics = v->mask[i] ? through_statistics : 0;
+            if (v->dresidual) v->dresidual[i] = g;
+            v->out[i] = write_value(c->gain[m] * read_value(g) + through_statistics);
         } else {
             acc_t y = d * c->gain[m] + c->offset[m];
-            if (s->residual) y += load(s->residual[j + i]);
-            out[i] = store(s->floor > y ? s->floor : y);
+            if (v->residual) y += read_value(v->residual[i]);
+            v->out[i] = write_value(v->floor > y ? v->floor : y);
         }
     }
+}
+
+#if defined(PYREG_F16)
+/* n <= LINE elements as values, NULL for NULL; what is behind them in to[] is 0. */
+static ALWAYS_INLINE const value_t *read_line(value_t *to, const elem_t *from, size_t n) {
+    if (!from) return NULL;
+    elem_t part[LINE] = {0};
+    if (n < LINE) from = memcpy(part, from, n * sizeof(elem_t));
+    for (size_t i = 0; i < LINE; i += LANES64) {
+        narrow v = load_narrow(from + i);
+        memcpy(to + i, &v, sizeof v);
+    }
+    return to;
+}
+
+static ALWAYS_INLINE void write_line(elem_t *to, const value_t *from, size_t n) {
+    elem_t part[LINE], *at = n < LINE ? part : to;
+    for (size_t i = 0; i < LINE; i += LANES64) store_narrow(at + i, from + i);
+    if (n < LINE) memcpy(to, part, n * sizeof(elem_t));
+}
+#endif
+
+static ALWAYS_INLINE elem_t *at_or_null(const elem_t *p, size_t j) { return p ? (elem_t *)p + j : NULL; }
+
+/* Elements j .. j + n - 1 of the line, with coefficients k .. k + n - 1, or k for all. */
+static ALWAYS_INLINE void sweep_run(const struct coefficients *c, const struct sweep *s, size_t j, size_t k, size_t n,
+                                    bool channel_line, elem_t *out, elem_t *dresidual) {
+#if defined(PYREG_F16)
+    for (size_t i = 0; i < n; i += LINE, j += LINE) {
+        const size_t left = at_most(n - i, LINE);
+        value_t x[LINE], residual[LINE], dy[LINE], relu_y[LINE], y[LINE], g[LINE];
+        const struct values v = {
+            .x = read_line(x, s->x + j, left),
+            .residual = read_line(residual, at_or_null(s->residual, j), left),
+            .dy = read_line(dy, at_or_null(s->dy, j), left),
+            .relu_y = read_line(relu_y, at_or_null(s->relu_y, j), left),
+            .mask = s->mask ? s->mask + j : NULL,
+            .out = y,
+            .dresidual = dresidual ? g : NULL,
+            .floor = s->floor,
+        };
+        sweep_values(c, &v, channel_line ? k : k + i, s->mask ? left : LINE, channel_line);
+        write_line(out + i, y, left);
+        if (dresidual) write_line(dresidual + i, g, left);
+    }
+#else
+    const struct values v = {
+        .x = s->x + j,
+        .residual = at_or_null(s->residual, j),
+        .dy = at_or_null(s->dy, j),
+        .relu_y = at_or_null(s->relu_y, j),
+        .mask = s->mask ? s->mask + j : NULL,
+        .out = out,
+        .dresidual = dresidual,
+        .floor = s->floor,
+    };
+    sweep_values(c, &v, k, n, channel_line);
+#endif
 }
 
 /* Around the cache: a whole cache line goes through a buffer. */
@@ -389,8 +477,6 @@ static ALWAYS_INLINE void sweep_around(const struct coefficients *c, const struc
     else
         memcpy(s->dresidual + j, dresidual, sizeof dresidual);
 }
-
-static ALWAYS_INLINE elem_t *at_or_null(elem_t *p, size_t j) { return p ? p + j : NULL; }
 
 /* n elements; coefficient l for all, or element j's is j % period. */
 static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct sweep *s, size_t n, size_t l,
