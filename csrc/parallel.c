@@ -102,10 +102,10 @@ static bool interrupted(uint64_t *next) { /* only ever called by the thread that
 
 /* ---- Regions ----------------------------------------------------------------------------------------------------- */
 
-/* Below this a second thread gains little, and a team that shares its CPUs with others loses whole scheduler slices.
- * A region of two threads costs 10 to 20 us (`./run bench plan`), so they break even at 20 to 40 us of work; they are
- * used from five times that on, where an idle second CPU takes 40 % off, and a busy one adds a tenth.  `./run bench
- * scaling --neighbour` measures both, and prints where threads begin to win. */
+/* From here on, in one thread's time, no op loses by a second thread, whatever its CPU does.  If that is idle, two win
+ * from 75 us (philox) to 190 us (threefry) on; beside a busy process two take 1.1 to 2 times as long as one at 50 to 130
+ * us, 1.0 to 1.2 times at 100 to 500 us, and then no longer.  Measured with `./run bench scaling --neighbour` on 2 CPUs
+ * of a virtual machine: docs/performance.md. */
 static const double built_parallel_from = 200e3;
 static double set_parallel_from = -1; /* negative: as built */
 
