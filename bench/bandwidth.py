@@ -18,6 +18,7 @@ from bench import machine
 
 PAGE = 4096
 PASSES_BYTES = 32 << 20  # of small data, in one call
+RELEASES_GIL_FROM = 500  # elements, of any length
 
 
 def levels():
@@ -51,9 +52,13 @@ class Loops:
         self.passes = max(1, PASSES_BYTES // nbytes)
 
     def copy(self):
-        # An element as long as the array, and a stride of 0: NumPy calls memmove for each pass.
-        x, y = (as_strided(a.view(f"V{a.size}"), (self.passes,), (0,)) for a in (self.source, self.target))
-        np.copyto(y, x)
+        if self.passes > RELEASES_GIL_FROM:
+            # An element as long as the array, and a stride of 0: NumPy calls memmove for each pass.
+            x, y = (as_strided(a.view(f"V{a.size}"), (self.passes,), (0,)) for a in (self.source, self.target))
+            np.copyto(y, x)
+        else:
+            for _ in range(self.passes):
+                np.copyto(self.target, self.source)
         return 2 * self.passes * self.source.size
 
     def read(self):
