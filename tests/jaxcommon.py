@@ -42,6 +42,12 @@ def flax_dropout(rate, dims=()):
     return lambda x, key: layer(x, rngs=key)
 
 
+def eager_flax_dropout(rate, dims=()):
+    """The same to be called outside jit, where XLA of JAX 0.9 would divide by 1 - rate."""
+    d = flax_dropout(rate, dims)
+    return jax.jit(d) if jax.__version_info__ < (0, 10) else d
+
+
 def assert_same(got, want):
     """Two trees of arrays are equal in every bit, in shape and in dtype."""
     assert jax.tree.structure(got) == jax.tree.structure(want)

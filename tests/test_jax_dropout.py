@@ -11,7 +11,7 @@ import pytest
 from common import normal, python
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jaxcommon import CHECKPOINTS, EXPORTABLE, KEY_IMPLS, assert_same, flax_dropout, jax
+from jaxcommon import CHECKPOINTS, EXPORTABLE, KEY_IMPLS, assert_same, eager_flax_dropout, flax_dropout, jax
 from test_dropout import GOLDEN, KEY
 from test_jax import rates, seeds, shapes
 
@@ -304,7 +304,7 @@ def value_and_vjp(d):
 @pytest.mark.parametrize("how", ["eager", "jit"])
 def test_flax(x64, quick_compilation, how):
     """The values and gradients of Flax's Dropout, whatever the arguments."""
-    transform = jax.jit if how == "jit" else lambda f: f
+    transform, flax = (jax.jit, flax_dropout) if how == "jit" else (lambda f: f, eager_flax_dropout)
 
     @settings(max_examples=10)  # each compiles
     @given(seed=seeds, rate=rates, shape=shapes, partitionable=st.booleans(), data=st.data())
@@ -318,9 +318,7 @@ def test_flax(x64, quick_compilation, how):
         x, dy = (jnp.asarray(normal(shape, dtype, seed=seed + i)) for i in range(2))
         key = jax.random.key(seed, impl=impl)
         with jax.threefry_partitionable(partitionable):
-            got, want = (
-                transform(value_and_vjp(d))(x, key, dy) for d in (dropout(rate, dims), flax_dropout(rate, dims))
-            )
+            got, want = (transform(value_and_vjp(d))(x, key, dy) for d in (dropout(rate, dims), flax(rate, dims)))
         assert_same(got, want)
 
     check()
