@@ -5,6 +5,7 @@ something to complain about, Flax's own code answers.
 """
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -127,8 +128,9 @@ class _SharedDropout(Dropout):
         )
         return layer(inputs, deterministic=deterministic, rngs=self.rngs if rngs is None else rngs)
 
+    @abstractmethod
     def _shared_dims(self, ndim: int) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Dims of an input along which the mask is shared; raises if there can be no such input."""
 
 
 class _ChannelDropout(_SharedDropout):
