@@ -1,16 +1,16 @@
 """What the drop-ins for Flax's two families of layers share: which inputs pyreg takes, and attention's dropout."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pyreg import _ops
+from pyreg._ops import Activation as Activation
 from pyreg.jax import dropout
+from pyreg.jax._dropout import Impl as Impl
 
 Array = jax.Array
-Impl = Literal["auto", "philox"]
-Activation = Literal["relu"] | None
 
 
 def draws(x: Any, rate: Any) -> bool:
@@ -46,7 +46,7 @@ def drop_weights(weights: Array, dtype: Any, rate: float, key: Any, broadcast: b
     return dropout(weights, rate, key=key, impl=impl)
 
 
-def activate(y: Array, activation: Activation) -> Array:
+def activate(y: Array, activation: Activation | None) -> Array:
     return jax.nn.relu(y) if _ops._check_activation(activation) else y
 
 

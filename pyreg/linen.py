@@ -73,7 +73,7 @@ class BatchNorm(linen.BatchNorm):
     >>> y, updates = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
     """
 
-    activation: Activation = dataclasses.field(default=None, kw_only=True)
+    activation: Activation | None = dataclasses.field(default=None, kw_only=True)
 
     @linen.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> jax.Array:

@@ -313,7 +313,7 @@ class BatchNorm(nnx.BatchNorm):
     (Array([0.2, 2. ], dtype=float32), Array([ 1. , 10.9], dtype=float32))
     """
 
-    def __init__(self, num_features: int, *, activation: Activation = None, **options: Any) -> None:
+    def __init__(self, num_features: int, *, activation: Activation | None = None, **options: Any) -> None:
         _ops._check_activation(activation)
         super().__init__(num_features, **options)
         self.activation = activation

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from jax import lax
 from jax.interpreters import ad
 
 from pyreg import _core, _ops
+from pyreg._ops import Activation
 from pyreg.jax import _primitive
 
 __all__ = ["batch_norm", "batch_norm_inference"]
 
 Array = jax.Array
-Activation = Literal["relu"]
 
 
 class Options(NamedTuple):
