@@ -92,11 +92,22 @@ uint64_t clock_ns(void) {
 
 static const uint64_t interrupt_every_ns = 50000000, never = UINT64_MAX;
 
-static bool interrupted(uint64_t *next) { /* only ever called by the thread that called us */
+struct call {
+    atomic_bool stop;
+    uint64_t next; /* when to ask again; read and written by the thread that called us */
+};
+static _Thread_local struct call *current; /* what this thread works on */
+static _Thread_local bool caller;          /* is it this thread's own call? */
+
+bool parallel_stop(void) {
+    struct call *call = current;
+    if (!call) return false;
+    if (atomic_load_explicit(&call->stop, memory_order_relaxed)) return true;
     bool (*check)(void) = atomic_load_explicit(&interrupt_check, memory_order_relaxed);
-    if (!check || no_interrupts || *next == never || clock_ns() < *next) return false;
-    bool stop = check();
-    *next = clock_ns() + interrupt_every_ns;
+    if (!caller || !check || no_interrupts || call->next == never || clock_ns() < call->next) return false;
+    bool stop = check(); /* may call us */
+    if (stop) atomic_store(&call->stop, true);
+    call->next = clock_ns() + interrupt_every_ns;
     return stop;
 }
 
@@ -119,14 +130,12 @@ void pyreg_set_parallel_from(double ns) { __atomic_store(&set_parallel_from, &ns
 
 bool parallel_pays(double serial_ns) { return serial_ns >= pyreg_parallel_from(); }
 
-static enum pyreg_status run_serial(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
-    uint64_t next = serial_ns > 10e6 ? clock_ns() + interrupt_every_ns : never; /* short: not worth a clock */
+static void run_serial(const struct phase *phases, size_t num_phases, void *work) {
     for (size_t p = 0; p < num_phases; p++)
         for (size_t c = 0; c < phases[p].chunks; c++) {
             phases[p].run(work, c);
-            if (interrupted(&next)) return PYREG_INTERRUPTED;
+            if (parallel_stop()) return;
         }
-    return PYREG_OK;
 }
 
 enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
@@ -139,33 +148,38 @@ enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, vo
         threads = pyreg_get_num_threads();
         if ((size_t)threads > most) threads = (int)most;
     }
+    /* A short call is not worth a clock. */
+    struct call call = {.next = serial_ns > 10e6 || threads > 1 ? clock_ns() + interrupt_every_ns : never};
+    struct call *outer = current; /* of which the interrupt check called us */
+    bool outer_caller = caller;
     if (threads <= 1) {
-        enum pyreg_status status = run_serial(phases, num_phases, work, serial_ns);
-        fp_set(mode); /* no exception flags left behind */
-        return status;
-    }
-
-    atomic_bool stop = false;
+        current = &call;
+        caller = true;
+        run_serial(phases, num_phases, work);
+    } else {
 #pragma omp parallel num_threads(threads)
-    {
-        fp_mode own = fp_get();
-        fp_set(mode);
-        uint64_t next = clock_ns() + interrupt_every_ns;
-        bool caller = omp_get_thread_num() == 0;
-        for (size_t p = 0; p < num_phases; p++) {
-            size_t chunks = phases[p].chunks;
-            if (p > 0) {
+        {
+            fp_mode own = fp_get();
+            fp_set(mode);
+            current = &call;
+            caller = omp_get_thread_num() == 0;
+            for (size_t p = 0; p < num_phases; p++) {
+                size_t chunks = phases[p].chunks;
+                if (p > 0) {
 #pragma omp barrier
-            }
+                }
 #pragma omp for schedule(dynamic, 1) nowait
-            for (size_t c = 0; c < chunks; c++) {
-                if (atomic_load_explicit(&stop, memory_order_relaxed)) continue;
-                phases[p].run(work, c);
-                if (caller && interrupted(&next)) atomic_store(&stop, true);
+                for (size_t c = 0; c < chunks; c++) {
+                    if (parallel_stop()) continue;
+                    phases[p].run(work, c);
+                }
             }
+            current = NULL;
+            fp_set(own);
         }
-        fp_set(own);
     }
-    fp_set(mode);
-    return atomic_load(&stop) ? PYREG_INTERRUPTED : PYREG_OK;
+    current = outer;
+    caller = outer_caller;
+    fp_set(mode); /* no exception flags left behind */
+    return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
 }
