@@ -4,11 +4,10 @@
 #include "pyreg.h"
 
 #include <math.h>
-#include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
+#include <time.h>
 
 static size_t read_cache_bytes(void) {
     size_t last = 0;
@@ -86,18 +85,23 @@ static double cgroup_cpus(void) {
     return cpus;
 }
 
-int machine_cpus(void) {
-    static double quota; /* every thread computes the same value; the affinity may change, so is asked each time */
+uint64_t clock_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+double machine_quota(void) {
+    static double cpus;
+    static uint64_t read_at; /* 0: never.  Threads that find it old at once all read the same */
     double q;
-    __atomic_load(&quota, &q, __ATOMIC_RELAXED);
-    if (q == 0) {
+    const uint64_t now = clock_ns(), then = __atomic_load_n(&read_at, __ATOMIC_ACQUIRE);
+    if (then && now - then < 1000000000) {
+        __atomic_load(&cpus, &q, __ATOMIC_RELAXED);
+    } else {
         q = cgroup_cpus();
-        __atomic_store(&quota, &q, __ATOMIC_RELAXED);
+        __atomic_store(&cpus, &q, __ATOMIC_RELAXED);
+        __atomic_store_n(&read_at, now, __ATOMIC_RELEASE);
     }
-    double cpus = (double)sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
-#endif
-    return (int)fmax(1, fmin(cpus, ceil(q)));
+    return q;
 }

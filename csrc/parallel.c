@@ -1,15 +1,22 @@
+/* Threads of our own, because OpenMP's end the process when one cannot be created, are lost in a forked child, and are a
+ * team for each thread that calls: XLA has many.  One pool serves all calls.  A call is finished by its own thread,
+ * however many helpers come; one that comes late, or never, is not waited for. */
 #define _GNU_SOURCE
 #include "parallel.h"
 
 #include "machine.h"
+#include "threads.h"
 
-#include <dlfcn.h>
-#include <omp.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
-/* ---- Floating-point mode: workers take the caller's for the region (XLA flushes subnormals, NumPy does not) ------ */
+/* ---- Floating-point mode: helpers take the caller's (XLA flushes subnormals, NumPy does not) ------------------- */
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 typedef unsigned fp_mode;
@@ -36,79 +43,249 @@ static fp_mode fp_get(void) {
 static void fp_set(fp_mode m) { fesetenv(&m); }
 #endif
 
-/* ---- How many threads -------------------------------------------------------------------------------------------- */
-static int openmp_default;               /* what OpenMP allowed when the library was loaded */
-static atomic_int process_threads;       /* pyreg_set_num_threads */
-static _Thread_local int thread_threads; /* pyreg_use_threads */
-static atomic_bool forked;               /* a child has none of OpenMP's threads and would wait for them for ever */
+/* ---- Calls ------------------------------------------------------------------------------------------------------- */
+struct call {
+    const struct phase *phases;
+    size_t num_phases, chunks; /* of all phases, counted on from one phase to the next */
+    void *work;
+    fp_mode mode;
+    pthread_t caller;
+    struct call *outer; /* of the same thread, whose interrupt check called us */
+    struct threads threads;
 
-static void in_child(void) { atomic_store(&forked, true); }
+    atomic_size_t next, done; /* chunks claimed, and finished */
+    atomic_bool stop;         /* the interrupt check said so */
+    uint64_t ask_at;          /* when to ask it again */
 
-__attribute__((constructor)) static void at_load(void) {
-    openmp_default = omp_get_max_threads();
-    pthread_atfork(NULL, NULL, in_child);
+    atomic_uint turn;    /* futex: changes when a phase ends and when the helpers have left */
+    atomic_bool held;    /* helpers shall leave: the caller forks */
+    int helpers;         /* at work; under the lock, as is */
+    struct call *listed; /* the next of the calls in the list */
+};
+
+static pthread_key_t current; /* the call that this thread works on; for a key see threads.c */
+
+static void sleep_while(atomic_uint *word, unsigned value, const struct timespec *longest) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, longest, NULL, 0);
 }
-
-static int at_most(int a, int b) { return a < b ? a : b; }
-
-int pyreg_get_num_threads(void) {
-    int openmp = omp_get_max_threads(), asked = thread_threads ? thread_threads : atomic_load(&process_threads);
-    if (!asked) return at_most(openmp, machine_cpus());
-    return openmp < openmp_default ? at_most(asked, openmp) : asked;
-}
-
-void pyreg_set_num_threads(int n) { atomic_store(&process_threads, n > 0 ? n : 0); }
-
-int pyreg_use_threads(int n) {
-    int old = thread_threads;
-    thread_threads = n > 0 ? n : 0;
-    return old;
-}
-
-int pyreg_openmp_version(void) { return _OPENMP; }
-
-const char *pyreg_openmp_library(void) {
-    Dl_info info;
-    return dladdr((void *)(intptr_t)omp_get_max_threads, &info) ? info.dli_fname : "unknown";
+static void wake(atomic_uint *word, int threads) {
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0);
 }
 
 /* ---- Interrupts -------------------------------------------------------------------------------------------------- */
 static bool (*_Atomic interrupt_check)(void);
-static _Thread_local bool no_interrupts;
+static pthread_key_t no_interrupts;
 
 void pyreg_set_interrupt_check(bool (*check)(void)) { atomic_store(&interrupt_check, check); }
 
 bool pyreg_allow_interrupts(bool allow) {
-    bool before = !no_interrupts;
-    no_interrupts = !allow;
+    bool before = !pthread_getspecific(no_interrupts);
+    pthread_setspecific(no_interrupts, allow ? NULL : &no_interrupts);
     return before;
 }
 
-uint64_t clock_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+static const uint64_t ask_every_ns = 50000000, never = UINT64_MAX;
+
+static bool stopped(struct call *call) {
+    if (atomic_load_explicit(&call->stop, memory_order_relaxed)) return true;
+    if (!pthread_equal(call->caller, pthread_self()) || call->ask_at == never || clock_ns() < call->ask_at)
+        return false;
+    bool (*check)(void) = atomic_load_explicit(&interrupt_check, memory_order_relaxed);
+    call->ask_at = never; /* the check may call us */
+    bool stop = check && !pthread_getspecific(no_interrupts) && check();
+    if (stop) atomic_store(&call->stop, true);
+    call->ask_at = clock_ns() + ask_every_ns;
+    return stop;
 }
 
-static const uint64_t interrupt_every_ns = 50000000, never = UINT64_MAX;
-
-struct call {
-    atomic_bool stop;
-    uint64_t next; /* when to ask again; read and written by the thread that called us */
-};
-static _Thread_local struct call *current; /* what this thread works on */
-static _Thread_local bool caller;          /* is it this thread's own call? */
-
 bool parallel_stop(void) {
-    struct call *call = current;
-    if (!call) return false;
-    if (atomic_load_explicit(&call->stop, memory_order_relaxed)) return true;
-    bool (*check)(void) = atomic_load_explicit(&interrupt_check, memory_order_relaxed);
-    if (!caller || !check || no_interrupts || call->next == never || clock_ns() < call->next) return false;
-    bool stop = check(); /* may call us */
-    if (stop) atomic_store(&call->stop, true);
-    call->next = clock_ns() + interrupt_every_ns;
-    return stop;
+    struct call *call = pthread_getspecific(current);
+    return call && stopped(call);
+}
+
+/* ---- Work -------------------------------------------------------------------------------------------------------- */
+static void nap(struct call *call, unsigned turn) {
+    const struct timespec longest = {.tv_nsec = (long)ask_every_ns};
+    sleep_while(&call->turn, turn, &longest);
+    stopped(call); /* the caller asks while it waits, too */
+}
+
+static void work_on(struct call *call) {
+    for (size_t chunk = atomic_load(&call->next); chunk < call->chunks && !atomic_load(&call->held);) {
+        const struct phase *phase = call->phases;
+        size_t start = 0;
+        while (chunk - start >= phase->chunks) start += phase++->chunks;
+        unsigned turn = atomic_load(&call->turn);
+        if (atomic_load(&call->done) < start) {
+            if (!atomic_load(&call->held)) nap(call, turn);
+            chunk = atomic_load(&call->next);
+            continue;
+        }
+        if (!atomic_compare_exchange_weak(&call->next, &chunk, chunk + 1)) continue;
+        if (!stopped(call)) phase->run(call->work, chunk - start);
+        if (atomic_fetch_add(&call->done, 1) + 1 == start + phase->chunks) {
+            atomic_fetch_add(&call->turn, 1);
+            wake(&call->turn, INT_MAX);
+        }
+        chunk = atomic_load(&call->next);
+    }
+}
+
+static void work_alone(struct call *call) {
+    for (size_t p = 0; p < call->num_phases; p++)
+        for (size_t c = 0; c < call->phases[p].chunks; c++) {
+            call->phases[p].run(call->work, c);
+            if (stopped(call)) return;
+        }
+}
+
+/* ---- Helpers ----------------------------------------------------------------------------------------------------- */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of all that follows, and held for moments only */
+static struct call *calls;                               /* that helpers may work on */
+static int helpers, idle;
+static atomic_uint news; /* futex: changes when there is work for the idle */
+
+static int at_work(void) {
+    int threads = 0;
+    for (struct call *c = calls; c; c = c->listed) threads += 1 + c->helpers;
+    return threads;
+}
+
+static int helpers_wanted(const struct call *call, int working) {
+    if (atomic_load(&call->held) || atomic_load(&call->next) >= call->chunks) return 0;
+    int own = call->threads.count - 1 - call->helpers, all = call->threads.useful - working;
+    return own < all ? own : all;
+}
+
+static void *help(void *unused) {
+    cpu_set_t cpus; /* where this thread may run */
+    CPU_ZERO(&cpus);
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        struct call *call = calls;
+        for (int working = at_work(); call && helpers_wanted(call, working) <= 0;) call = call->listed;
+        if (!call) {
+            unsigned seen = atomic_load(&news);
+            idle++;
+            pthread_mutex_unlock(&lock);
+            sleep_while(&news, seen, NULL);
+            pthread_mutex_lock(&lock);
+            idle--;
+            continue;
+        }
+        call->helpers++;
+        pthread_mutex_unlock(&lock);
+
+        if (CPU_COUNT(&call->threads.cpus) && !CPU_EQUAL(&cpus, &call->threads.cpus)) {
+            cpus = call->threads.cpus;
+            sched_setaffinity(0, sizeof cpus, &cpus);
+        }
+        fp_set(call->mode);
+        pthread_setspecific(current, call);
+        work_on(call);
+        pthread_setspecific(current, NULL);
+
+        pthread_mutex_lock(&lock);
+        if (--call->helpers == 0) {
+            atomic_uint *turn = &call->turn;
+            atomic_fetch_add(turn, 1);
+            pthread_mutex_unlock(&lock); /* now the call may be gone; to wake on its address does no harm */
+            wake(turn, 1);
+            pthread_mutex_lock(&lock);
+        }
+    }
+    return unused;
+}
+
+/* Signals are for the threads that were there before, but those that a fault raises. */
+static bool start_helper(void) {
+    sigset_t all, old;
+    sigfillset(&all);
+    for (const int *s = (const int[]){SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, 0}; *s; s++)
+        sigdelset(&all, *s);
+    pthread_attr_t detached;
+    pthread_t thread;
+    if (pthread_attr_init(&detached) != 0) return false;
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    bool started = pthread_create(&thread, &detached, help, NULL) == 0;
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&detached);
+    helpers += started;
+    return started;
+}
+
+static void call_helpers(struct call *call) {
+    pthread_mutex_lock(&lock);
+    call->listed = calls;
+    calls = call;
+    int wanted = helpers_wanted(call, at_work());
+    for (int new = wanted - idle; new > 0 && helpers < call->threads.useful - 1 && start_helper(); new--) {
+    }
+    atomic_fetch_add(&news, 1);
+    pthread_mutex_unlock(&lock);
+    if (wanted > 0) wake(&news, wanted);
+}
+
+/* Waits until no helper knows the call. */
+static void await_helpers(struct call *call) {
+    pthread_mutex_lock(&lock);
+    while (call->helpers > 0) {
+        unsigned turn = atomic_load(&call->turn);
+        pthread_mutex_unlock(&lock);
+        nap(call, turn);
+        pthread_mutex_lock(&lock);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+static void dismiss_helpers(struct call *call) {
+    await_helpers(call);
+    pthread_mutex_lock(&lock);
+    struct call **c = &calls;
+    while (*c && *c != call) c = &(*c)->listed;
+    if (*c) *c = call->listed;
+    bool others = calls && idle; /* may find this thread's place */
+    if (others) atomic_fetch_add(&news, 1);
+    pthread_mutex_unlock(&lock);
+    if (others) wake(&news, 1);
+}
+
+/* ---- Forks: the child has the calling thread alone, and may be made by a signal handler in the middle of a call: then
+ * no chunk may be half done by a helper that the child lacks. ------------------------------------------------------ */
+static void before_fork(void) {
+    for (struct call *c = pthread_getspecific(current); c; c = c->outer) {
+        atomic_store(&c->held, true);
+        atomic_fetch_add(&c->turn, 1);
+        wake(&c->turn, INT_MAX);
+        await_helpers(c);
+    }
+}
+
+static void resume(void) {
+    for (struct call *c = pthread_getspecific(current); c; c = c->outer) atomic_store(&c->held, false);
+}
+
+static void in_parent(void) {
+    resume();
+    if (!pthread_getspecific(current)) return;
+    pthread_mutex_lock(&lock);
+    atomic_fetch_add(&news, 1);
+    pthread_mutex_unlock(&lock);
+    wake(&news, INT_MAX);
+}
+
+static void in_child(void) {
+    lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    calls = NULL;
+    helpers = idle = 0;
+    resume();
+}
+
+__attribute__((constructor)) static void at_load(void) {
+    pthread_key_create(&current, NULL);
+    pthread_key_create(&no_interrupts, NULL);
+    pthread_atfork(before_fork, in_parent, in_child);
 }
 
 /* ---- Regions ----------------------------------------------------------------------------------------------------- */
@@ -130,56 +307,34 @@ void pyreg_set_parallel_from(double ns) { __atomic_store(&set_parallel_from, &ns
 
 bool parallel_pays(double serial_ns) { return serial_ns >= pyreg_parallel_from(); }
 
-static void run_serial(const struct phase *phases, size_t num_phases, void *work) {
-    for (size_t p = 0; p < num_phases; p++)
-        for (size_t c = 0; c < phases[p].chunks; c++) {
-            phases[p].run(work, c);
-            if (parallel_stop()) return;
-        }
-}
-
 enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
-    fp_mode mode = fp_get();
-    size_t most = 0;
-    for (size_t p = 0; p < num_phases; p++) most = phases[p].chunks > most ? phases[p].chunks : most;
-
-    int threads = 1;
-    if (parallel_pays(serial_ns) && !omp_in_parallel() && !atomic_load(&forked)) {
-        threads = pyreg_get_num_threads();
-        if ((size_t)threads > most) threads = (int)most;
-    }
-    /* A short call is not worth a clock. */
-    struct call call = {.next = serial_ns > 10e6 || threads > 1 ? clock_ns() + interrupt_every_ns : never};
-    struct call *outer = current; /* of which the interrupt check called us */
-    bool outer_caller = caller;
-    if (threads <= 1) {
-        current = &call;
-        caller = true;
-        run_serial(phases, num_phases, work);
-    } else {
-#pragma omp parallel num_threads(threads)
-        {
-            fp_mode own = fp_get();
-            fp_set(mode);
-            current = &call;
-            caller = omp_get_thread_num() == 0;
-            for (size_t p = 0; p < num_phases; p++) {
-                size_t chunks = phases[p].chunks;
-                if (p > 0) {
-#pragma omp barrier
-                }
-#pragma omp for schedule(dynamic, 1) nowait
-                for (size_t c = 0; c < chunks; c++) {
-                    if (parallel_stop()) continue;
-                    phases[p].run(work, c);
-                }
-            }
-            current = NULL;
-            fp_set(own);
+    struct call call = {.phases = phases, .num_phases = num_phases, .work = work, .mode = fp_get(), .ask_at = never};
+    bool shared = parallel_pays(serial_ns) && !threads_taken();
+    if (shared) {
+        size_t most = 1;
+        for (size_t p = 0; p < num_phases; p++) {
+            call.chunks += phases[p].chunks;
+            if (phases[p].chunks > most) most = phases[p].chunks;
         }
+        call.threads = threads_for_call();
+        if ((size_t)call.threads.count > most) call.threads.count = (int)most;
+        shared = call.threads.count > 1;
     }
-    current = outer;
-    caller = outer_caller;
-    fp_set(mode); /* no exception flags left behind */
+    bool known = shared || serial_ns > 10e6; /* other calls are too short for interrupts and forks in their midst */
+    if (known) {
+        call.caller = pthread_self();
+        call.ask_at = clock_ns() + ask_every_ns;
+        call.outer = pthread_getspecific(current);
+        pthread_setspecific(current, &call);
+    }
+    if (shared) {
+        call_helpers(&call);
+        work_on(&call);
+        dismiss_helpers(&call);
+    } else {
+        work_alone(&call);
+    }
+    if (known) pthread_setspecific(current, call.outer);
+    fp_set(call.mode); /* no exception flags left behind */
     return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
 }

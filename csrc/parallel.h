@@ -1,4 +1,4 @@
-/* The only door to OpenMP: how many threads, and running chunks of work on them. */
+/* Running chunks of work on threads. */
 #ifndef PYREG_PARALLEL_H
 #define PYREG_PARALLEL_H
 
@@ -11,8 +11,8 @@ struct phase {
     void (*run)(void *work, size_t chunk);
 };
 
-/* Runs the phases in one parallel region; serially if serial_ns, an estimate of the whole work in nanoseconds on one
- * thread, is below what threads pay for.  PYREG_OK or PYREG_INTERRUPTED. */
+/* Runs the phases, on this thread and those helpers that are free; on this one alone if serial_ns, an estimate of the
+ * whole work in nanoseconds on one thread, is below what threads pay for.  PYREG_OK or PYREG_INTERRUPTED. */
 enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns);
 
 /* Should the call stop?  For a run() that takes long to ask now and then, on any thread; false outside of one.  After it
@@ -21,8 +21,5 @@ bool parallel_stop(void);
 
 /* Is the work shared among threads, if there are any? */
 bool parallel_pays(double serial_ns);
-
-/* A monotonic clock. */
-uint64_t clock_ns(void);
 
 #endif

@@ -5,10 +5,10 @@
  *   - Results are a function of the arguments alone: the same bits for every thread count, instruction set,
  *     alignment, memory layout (but see batch-norm), and for in-place and fresh outputs.
  *   - Thread-safe: any number of threads may call at once.  The library keeps no state but the thread count.
- *   - The caller's floating-point mode (rounding, flush-to-zero) holds in every worker thread, and is kept.
+ *   - The caller's floating-point mode (rounding, flush-to-zero) holds in every thread that helps, and is kept.
  *   - Arrays may be strided in any way (strides in bytes, also zero for inputs, also negative); elements are aligned
  *     to their size.  An input may be the output (same address and strides); other overlaps are the caller's to avoid.
- *   - After fork() the child computes serially: same results.
+ *   - After fork() parent and child go on as before, also where the interrupt check below forks, in a call's midst.
  * Not promised: progress or partial results after PYREG_INTERRUPTED: the output is then unspecified.
  */
 #ifndef PYREG_H
@@ -137,11 +137,17 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, c
 
 /* ---- Threads ----------------------------------------------------------------------------------------------------
  * Number of threads of the next call from this thread: pyreg_use_threads(n) of this thread if n > 0, else
- * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A limit set
- * through OpenMP after loading (threadpoolctl does that) holds in every case.  Small calls run serially. */
+ * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A number that
+ * OpenMP was given after loading (threadpoolctl does that) is a limit in every case; it is not noticed where it equals the
+ * one at loading.  Small calls run serially.  Where no thread can be created those that there are do the work.
+ * The threads that help are the library's own, shared by all calls; they sleep between calls. */
 int pyreg_get_num_threads(void);
 void pyreg_set_num_threads(int n); /* whole process; 0: automatic */
 int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  Returns the previous value */
+
+/* OpenMP may pin the thread that loads it to a CPU (OMP_PROC_BIND).  Says that the loader has undone that, so that a
+ * main thread with that affinity has it from elsewhere. */
+void pyreg_unpinned(void);
 
 /* Long calls ask this, from the calling thread, about every 50 ms; they stop when it returns true. */
 void pyreg_set_interrupt_check(bool (*check)(void));

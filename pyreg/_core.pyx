@@ -5,8 +5,11 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cimport cython
 cimport numpy as cnp
+from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
+
+from contextvars import ContextVar
 
 cnp.import_array()
 
@@ -82,6 +85,7 @@ cdef extern from "pyreg.h" nogil:
     int pyreg_get_num_threads()
     void pyreg_set_num_threads(int n)
     int pyreg_use_threads(int n)
+    void pyreg_unpinned()
     void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
 
     void pyreg_fail_allocation(long n)
@@ -122,6 +126,19 @@ cdef int check(pyreg_status status) except -1:
 cdef c_bool signal_arrived() noexcept nogil:
     with gil:
         return PyErr_CheckSignals() != 0
+
+
+cdef object asked = ContextVar("pyreg.num_threads", default=())  # lists of one number, the innermost first
+cdef bint ever_asked = False
+
+
+cdef int use_asked_threads() except -1:
+    """Tells C what holds in this thread or task; at the start of each call."""
+    cdef tuple numbers
+    if ever_asked:
+        numbers = get_value(asked)
+        pyreg_use_threads(numbers[0][0] if numbers else 0)
+    return 0
 
 
 cdef pyreg_mask make_mask(int generator, uint64_t key, double rate, uint64_t offset) noexcept:
@@ -212,6 +229,7 @@ def dropout(int dtype, cnp.ndarray x, cnp.ndarray y, int generator, uint64_t key
         for d in range(x.ndim):
             strides[d] = mask_strides[d]
         strides_or_null = strides
+    use_asked_threads()
     with nogil:
         status = pyreg_dropout(
             <pyreg_dtype>dtype, &mask, scaled, cnp.PyArray_NDIM(x), <const int64_t *>cnp.PyArray_DIMS(x),
@@ -224,6 +242,7 @@ def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t
     """Fills out, a contiguous array of n bytes or (n + 7) // 8 if packed."""
     cdef pyreg_mask mask = make_mask(generator, key, rate, offset)
     cdef pyreg_status status
+    use_asked_threads()
     with nogil:
         status = pyreg_dropout_mask(&mask, n, packed, <uint8_t *>cnp.PyArray_DATA(out))
     check(status)
@@ -294,6 +313,7 @@ def batch_norm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, sc
     cdef const int64_t *mask_strides = strides(mask)
     cdef const int64_t *residual_strides = strides(residual)
     cdef pyreg_status status
+    use_asked_threads()
     with nogil:
         status = pyreg_batchnorm_forward(
             &args, cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), <const c_bool *>mask_data, mask_strides,
@@ -310,6 +330,7 @@ def batch_norm_inference(int dtype, cnp.ndarray x, int axis, double epsilon, bin
     cdef void *residual_data = data(residual)
     cdef const int64_t *residual_strides = strides(residual)
     cdef pyreg_status status
+    use_asked_threads()
     with nogil:
         status = pyreg_batchnorm_inference(
             &args, cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), cnp.PyArray_DATA(mean),
@@ -333,6 +354,7 @@ def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, doub
     cdef const int64_t *y_strides = strides(y)
     cdef const int64_t *dresidual_strides = strides(dresidual)
     cdef pyreg_status status
+    use_asked_threads()
     with nogil:
         status = pyreg_batchnorm_backward(
             &args, cnp.PyArray_DATA(dy), <const int64_t *>cnp.PyArray_STRIDES(dy), cnp.PyArray_DATA(x),
@@ -374,6 +396,7 @@ def random_block(int generator, key, counter):
 # ---- Threads and build -----------------------------------------------------------------------------------------------
 
 def get_num_threads():
+    use_asked_threads()
     return pyreg_get_num_threads()
 
 
@@ -381,8 +404,22 @@ def set_num_threads(int n):
     pyreg_set_num_threads(n)
 
 
-def use_threads(int n):
-    return pyreg_use_threads(n)
+def ask_threads(int n):
+    """Calls of this thread or task use n threads, until end_threads is called with what is returned."""
+    global ever_asked
+    ever_asked = True
+    number = [n]
+    asked.set((number, *asked.get()))
+    return number
+
+
+def end_threads(number):
+    asked.set(tuple([a for a in asked.get() if a is not number]))
+    use_asked_threads()  # for calls that do not come through here
+
+
+def unpinned():
+    pyreg_unpinned()
 
 
 def isa_available():

@@ -645,30 +645,41 @@ def batch_norm_backward(
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
+_MOST_THREADS = 2**31 - 1
+
 
 def get_num_threads() -> int:
-    """Number of threads that the next large call from this thread will use."""
+    """Number of threads that the next large call from this thread or task will use."""
     return _core.get_num_threads()
 
 
-def _check_threads(n: int) -> int:
-    if operator.index(n) < 1:
-        raise ValueError(f"number of threads is {n}; wanted 1 or more, or None for automatic")
-    return n
+def _check_threads(n: int, wanted: str = "") -> int:
+    wanted = f"number of threads is {n!r}; wanted an int n from 1 to {_MOST_THREADS}{wanted}"
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(wanted)
+    if not 1 <= operator.index(n) <= _MOST_THREADS:
+        raise ValueError(wanted)
+    return operator.index(n)
 
 
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads for the whole process; ``None`` chooses automatically again.
 
-    Automatic is what ``OMP_NUM_THREADS`` or the number of CPUs gives, at most the CPUs that the process may run on and
-    the CPU quota of its container.  Limits set by ``threadpoolctl`` hold in any case.  Results never depend on it.
+    Automatic is what ``OMP_NUM_THREADS`` or the number of CPUs gives, at most the CPUs that the calling thread may run
+    on and the CPU quota of the container.  A number that OpenMP is given later, as ``threadpoolctl`` does, is a limit
+    in any case; but one that equals OpenMP's at import cannot be told from none.  Results never depend on the number.
+
+    The threads that help are shared by all calls, and sleep between them; where the system refuses another one, those
+    that there are do the work.  A child made by ``fork()`` starts its own.
     """
-    _core.set_num_threads(0 if n is None else _check_threads(n))
+    _core.set_num_threads(0 if n is None else _check_threads(n, ", or None for automatic"))
 
 
 @contextlib.contextmanager
 def num_threads(n: int) -> Iterator[None]:
-    """Use ``n`` threads in calls from this thread while the context is active.
+    """Use ``n`` threads in calls while the context is active: in calls from this thread, or from this asyncio task.
+
+    It is a context variable: tasks and ``asyncio.to_thread`` take over what holds where they are created.
 
     Examples
     --------
@@ -676,8 +687,8 @@ def num_threads(n: int) -> Iterator[None]:
     >>> with pyreg.num_threads(1):
     ...     y = pyreg.dropout(np.ones(8), 0.5)
     """
-    previous = _core.use_threads(_check_threads(n))
+    number = _core.ask_threads(_check_threads(n))
     try:
         yield
     finally:
-        _core.use_threads(previous)
+        _core.end_threads(number)

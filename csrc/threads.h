@@ -1,0 +1,19 @@
+/* How many threads a call may have: what the caller, the operating system and OpenMP's settings say.  The only file that
+ * knows OpenMP; the threads are our own, in parallel.c. */
+#ifndef PYREG_THREADS_H
+#define PYREG_THREADS_H
+
+#include <sched.h>
+#include <stdbool.h>
+
+struct threads {
+    int count;      /* for one call */
+    int useful;     /* for all calls of the process together */
+    cpu_set_t cpus; /* where they may run; empty if the system does not say */
+};
+struct threads threads_for_call(void); /* from this thread */
+
+/* Is this thread part of an OpenMP region, whose others are at work? */
+bool threads_taken(void);
+
+#endif
