@@ -1,0 +1,108 @@
+/* The C library alone, for sanitizers: many threads that call at once, with different numbers of threads, are stopped,
+ * and fork in the midst of calls.
+ *
+ *   cmake -B build/san -DPYREG_SANITIZE=thread && cmake --build build/san && ctest --test-dir build/san
+ *
+ * Exit status 0 and no report: passed; 2: this machine lacks the instruction set. */
+#include "pyreg.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { CALLERS = 8, ROUNDS = 30, N = 4000, CHANNELS = 50, SIZE = N * CHANNELS };
+
+static float x[SIZE], want_dropout[SIZE], want_norm[SIZE];
+static atomic_int failures;
+
+static void expect(bool ok, const char *what) {
+    if (ok) return;
+    atomic_fetch_add(&failures, 1);
+    fprintf(stderr, "failed: %s\n", what);
+}
+
+static const int64_t shape[2] = {N, CHANNELS}, strides[2] = {CHANNELS * 4, 4};
+
+static enum pyreg_status dropout(float *y) {
+    const struct pyreg_mask mask = {.generator = PYREG_PHILOX, .key = {1, 2}, .rate = 0.3};
+    return pyreg_dropout(PYREG_F32, &mask, true, 2, shape, x, strides, y, strides, NULL);
+}
+
+static enum pyreg_status norm(float *y) {
+    float mean[CHANNELS], var[CHANNELS];
+    const struct pyreg_batchnorm args = {PYREG_F32, 2, 1, shape, 1e-5, false, NULL, NULL};
+    return pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, y, strides, mean, var);
+}
+
+static void *caller(void *number) {
+    float *y = malloc(sizeof x);
+    for (int round = 0; round < ROUNDS; round++) {
+        pyreg_use_threads((int)(intptr_t)number % 5);
+        if (round == ROUNDS / 2) pyreg_set_num_threads(3 + (int)(intptr_t)number % 3);
+        expect(dropout(y) == PYREG_OK && memcmp(y, want_dropout, sizeof x) == 0, "dropout");
+        expect(norm(y) == PYREG_OK && memcmp(y, want_norm, sizeof x) == 0, "batch-norm");
+    }
+    free(y);
+    return NULL;
+}
+
+static void all_callers(void) {
+    pthread_t threads[CALLERS];
+    for (intptr_t i = 0; i < CALLERS; i++) pthread_create(&threads[i], NULL, caller, (void *)i);
+    for (int i = 0; i < CALLERS; i++) pthread_join(threads[i], NULL);
+}
+
+static int checks;
+static pid_t child = -1;
+
+static bool stop(void) { return ++checks; }
+
+static bool fork_once(void) {
+    if (checks++ == 0) child = fork();
+    return false;
+}
+
+/* One row again and again. */
+static enum pyreg_status long_call(int64_t rows, float *y) {
+    const struct pyreg_mask mask = {.generator = PYREG_THREEFRY, .key = {1, 2}, .rate = 0.3};
+    const int64_t long_shape[2] = {rows, SIZE}, again[2] = {0, 4}, same_mask[2] = {0, 1};
+    return pyreg_dropout(PYREG_F32, &mask, true, 2, long_shape, x, again, y, again, same_mask);
+}
+
+int main(void) {
+    if (pyreg_init() != PYREG_OK) return 2;
+    for (int i = 0; i < SIZE; i++) x[i] = (float)(i * 7919 % 1000) / 100 - 5;
+    float *y = malloc(sizeof x);
+    pyreg_set_num_threads(1);
+    expect(dropout(want_dropout) == PYREG_OK && norm(want_norm) == PYREG_OK, "serial");
+    pyreg_set_parallel_from(0);
+    pyreg_set_num_threads(4);
+    all_callers();
+
+    pyreg_set_interrupt_check(stop);
+    expect(long_call(10000000, y) == PYREG_INTERRUPTED && checks == 1, "stopped");
+#ifndef __SANITIZE_THREAD__ /* that lets no threads start in a child */
+    checks = 0;
+    pyreg_set_interrupt_check(fork_once);
+    expect(long_call(1, want_dropout) == PYREG_OK, "one row");
+    for (int64_t rows = 20; !checks; rows *= 2) expect(long_call(rows, y) == PYREG_OK, "forked");
+    /* From here on in both processes.  Rows are written by several threads at once, all with the same values. */
+    expect(memcmp(y, want_dropout, sizeof x) == 0, "the call that forked");
+    pyreg_set_interrupt_check(NULL);
+    pyreg_set_num_threads(1);
+    expect(dropout(want_dropout) == PYREG_OK, "serial, after the fork");
+    pyreg_set_num_threads(4);
+    all_callers();
+    if (child == 0) _exit(failures != 0);
+    int status = 1;
+    expect(waitpid(child, &status, 0) == child && status == 0, "the child");
+#endif
+    free(y);
+    return failures != 0;
+}
