@@ -46,12 +46,12 @@ static void fp_set(fp_mode m) { fesetenv(&m); }
 /* ---- Calls ------------------------------------------------------------------------------------------------------- */
 struct call {
     const struct phase *phases;
-    size_t num_phases, chunks; /* of all phases, counted on from one phase to the next */
+    size_t chunks; /* of all phases, counted on from one phase to the next */
     void *work;
     fp_mode mode;
     pthread_t caller;
     struct call *outer; /* of the same thread, whose interrupt check called us */
-    struct threads threads;
+    const struct threads *threads;
 
     atomic_size_t next, done; /* chunks claimed, and finished */
     atomic_bool stop;         /* the interrupt check said so */
@@ -131,14 +131,6 @@ static void work_on(struct call *call) {
     }
 }
 
-static void work_alone(struct call *call) {
-    for (size_t p = 0; p < call->num_phases; p++)
-        for (size_t c = 0; c < call->phases[p].chunks; c++) {
-            call->phases[p].run(call->work, c);
-            if (stopped(call)) return;
-        }
-}
-
 /* ---- Helpers ----------------------------------------------------------------------------------------------------- */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of all that follows, and held for moments only */
 static struct call *calls;                               /* that helpers may work on */
@@ -153,7 +145,7 @@ static int at_work(void) {
 
 static int helpers_wanted(const struct call *call, int working) {
     if (atomic_load(&call->held) || atomic_load(&call->next) >= call->chunks) return 0;
-    int own = call->threads.count - 1 - call->helpers, all = call->threads.useful - working;
+    int own = call->threads->count - 1 - call->helpers, all = call->threads->useful - working;
     return own < all ? own : all;
 }
 
@@ -176,8 +168,8 @@ static void *help(void *unused) {
         call->helpers++;
         pthread_mutex_unlock(&lock);
 
-        if (CPU_COUNT(&call->threads.cpus) && !CPU_EQUAL(&cpus, &call->threads.cpus)) {
-            cpus = call->threads.cpus;
+        if (CPU_COUNT(&call->threads->cpus) && !CPU_EQUAL(&cpus, &call->threads->cpus)) {
+            cpus = call->threads->cpus;
             sched_setaffinity(0, sizeof cpus, &cpus);
         }
         fp_set(call->mode);
@@ -220,7 +212,7 @@ static void call_helpers(struct call *call) {
     call->listed = calls;
     calls = call;
     int wanted = helpers_wanted(call, at_work());
-    for (int new = wanted - idle; new > 0 && helpers < call->threads.useful - 1 && start_helper(); new--) {
+    for (int new = wanted - idle; new > 0 && helpers < call->threads->useful - 1 && start_helper(); new--) {
     }
     atomic_fetch_add(&news, 1);
     pthread_mutex_unlock(&lock);
@@ -307,34 +299,46 @@ void pyreg_set_parallel_from(double ns) { __atomic_store(&set_parallel_from, &ns
 
 bool parallel_pays(double serial_ns) { return serial_ns >= pyreg_parallel_from(); }
 
-enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
-    struct call call = {.phases = phases, .num_phases = num_phases, .work = work, .mode = fp_get(), .ask_at = never};
-    bool shared = parallel_pays(serial_ns) && !threads_taken();
-    if (shared) {
-        size_t most = 1;
-        for (size_t p = 0; p < num_phases; p++) {
-            call.chunks += phases[p].chunks;
-            if (phases[p].chunks > most) most = phases[p].chunks;
-        }
-        call.threads = threads_for_call();
-        if ((size_t)call.threads.count > most) call.threads.count = (int)most;
-        shared = call.threads.count > 1;
-    }
-    bool known = shared || serial_ns > 10e6; /* other calls are too short for interrupts and forks in their midst */
-    if (known) {
-        call.caller = pthread_self();
-        call.ask_at = clock_ns() + ask_every_ns;
-        call.outer = pthread_getspecific(current);
-        pthread_setspecific(current, &call);
-    }
-    if (shared) {
-        call_helpers(&call);
-        work_on(&call);
-        dismiss_helpers(&call);
-    } else {
-        work_alone(&call);
-    }
-    if (known) pthread_setspecific(current, call.outer);
-    fp_set(call.mode); /* no exception flags left behind */
+/* A call that parallel_stop and fork() know. */
+static enum pyreg_status run_known(const struct phase *phases, size_t num_phases, void *work, fp_mode mode,
+                                   const struct threads *threads) {
+    struct call call = {.phases = phases,
+                        .work = work,
+                        .mode = mode,
+                        .threads = threads,
+                        .caller = pthread_self(),
+                        .outer = pthread_getspecific(current),
+                        .ask_at = clock_ns() + ask_every_ns};
+    for (size_t p = 0; p < num_phases; p++) call.chunks += phases[p].chunks;
+    pthread_setspecific(current, &call);
+    if (threads->count > 1) call_helpers(&call);
+    work_on(&call);
+    if (threads->count > 1) dismiss_helpers(&call);
+    pthread_setspecific(current, call.outer);
     return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
+}
+
+static size_t most_chunks(const struct phase *phases, size_t num_phases) {
+    size_t most = 0;
+    for (size_t p = 0; p < num_phases; p++) most = phases[p].chunks > most ? phases[p].chunks : most;
+    return most;
+}
+
+enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
+    fp_mode mode = fp_get();
+    struct threads threads;
+    threads.count = 1;
+    if (parallel_pays(serial_ns) && !threads_taken()) {
+        threads = threads_for_call();
+        size_t most = most_chunks(phases, num_phases);
+        if ((size_t)threads.count > most) threads.count = (int)most;
+    }
+    enum pyreg_status status = PYREG_OK;
+    if (threads.count > 1 || serial_ns > 10e6)
+        status = run_known(phases, num_phases, work, mode, &threads);
+    else /* too short for interrupts and forks in its midst */
+        for (size_t p = 0; p < num_phases; p++)
+            for (size_t c = 0; c < phases[p].chunks; c++) phases[p].run(work, c);
+    fp_set(mode); /* no exception flags left behind */
+    return status;
 }
