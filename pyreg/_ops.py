@@ -654,12 +654,16 @@ def get_num_threads() -> int:
 
 
 def _check_threads(n: int, wanted: str = "") -> int:
-    wanted = f"number of threads is {n!r}; wanted an int n from 1 to {_MOST_THREADS}{wanted}"
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(wanted)
-    if not 1 <= operator.index(n) <= _MOST_THREADS:
-        raise ValueError(wanted)
-    return operator.index(n)
+    message = f"number of threads is {n!r}; wanted an int n from 1 to {_MOST_THREADS}{wanted}"
+    try:
+        number = operator.index(n)
+    except TypeError:
+        raise TypeError(message) from None
+    if isinstance(n, bool):
+        raise TypeError(message)
+    if not 1 <= number <= _MOST_THREADS:
+        raise ValueError(message)
+    return number
 
 
 def set_num_threads(n: int | None) -> None:

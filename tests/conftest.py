@@ -36,6 +36,30 @@ def threads():
     pyreg.set_num_threads(None)
 
 
+@pytest.fixture
+def one_cpu_cgroup():
+    """A control group with a quota of one CPU, v1 or v2, where this process may make one."""
+    for root, quota in (
+        ("/sys/fs/cgroup/cpu", {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}),
+        ("/sys/fs/cgroup", {"cpu.max": "100000 100000"}),
+    ):
+        group = Path(root) / f"pyreg-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            for name, value in quota.items():
+                (group / name).write_text(value)
+            yield group
+            return
+        except OSError:
+            continue
+        finally:
+            group.rmdir()
+    pytest.skip("no control group can be made here")
+
+
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
 def x64(request):
     jax = pytest.importorskip("jax")

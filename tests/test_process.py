@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,30 +68,6 @@ def test_affinity():
     pin = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     assert python(f"{pin}; import pyreg; print(pyreg.get_num_threads())") == "1"
     assert python(f"import pyreg; {pin}; print(pyreg.get_num_threads())") == "1"
-
-
-@pytest.fixture
-def one_cpu_cgroup():
-    """A control group with a quota of one CPU, v1 or v2, where this process may make one."""
-    for root, settings in (
-        ("/sys/fs/cgroup/cpu", {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}),
-        ("/sys/fs/cgroup", {"cpu.max": "100000 100000"}),
-    ):
-        group = Path(root) / f"pyreg-test-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            for name, value in settings.items():
-                (group / name).write_text(value)
-            yield group
-            return
-        except OSError:
-            continue
-        finally:
-            group.rmdir()
-    pytest.skip("no control group can be made here")
 
 
 def test_cpu_quota(one_cpu_cgroup):
