@@ -190,7 +190,7 @@ static void *help(void *unused) {
 }
 
 /* Signals are for the threads that were there before, but those that a fault raises. */
-static bool start_helper(void) {
+static bool start_helper(const cpu_set_t *cpus) {
     sigset_t all, old;
     sigfillset(&all);
     for (const int *s = (const int[]){SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, 0}; *s; s++)
@@ -199,6 +199,8 @@ static bool start_helper(void) {
     pthread_t thread;
     if (pthread_attr_init(&detached) != 0) return false;
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    if (CPU_COUNT(cpus))
+        pthread_attr_setaffinity_np(&detached, sizeof *cpus, cpus); /* not the caller's, if it is pinned */
     pthread_sigmask(SIG_SETMASK, &all, &old);
     bool started = pthread_create(&thread, &detached, help, NULL) == 0;
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -212,8 +214,8 @@ static void call_helpers(struct call *call) {
     call->listed = calls;
     calls = call;
     int wanted = helpers_wanted(call, at_work());
-    for (int new = wanted - idle; new > 0 && helpers < call->threads->useful - 1 && start_helper(); new--) {
-    }
+    for (int missing = wanted - idle; missing > 0 && helpers < call->threads->useful - 1; missing--)
+        if (!start_helper(&call->threads->cpus)) break; /* so be it */
     atomic_fetch_add(&news, 1);
     pthread_mutex_unlock(&lock);
     if (wanted > 0) wake(&news, wanted);

@@ -62,7 +62,8 @@ struct threads threads_for_call(void) {
     cpus = (int)fmax(1, fmin(cpus, ceil(machine_quota())));
     t.count = asked ? asked : cpus;
     if (!asked || openmp != openmp_default) t.count = at_most(t.count, openmp);
-    t.useful = t.count > cpus ? t.count : cpus;
+    t.count = at_most(t.count, omp_get_thread_limit());
+    t.useful = at_most(t.count > cpus ? t.count : cpus, omp_get_thread_limit());
     return t;
 }
 

@@ -22,6 +22,10 @@ import os, resource, signal, sys, threading, time
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's own threads would be counted
 import numpy as np, pyreg
 def tasks(): return len(os.listdir("/proc/self/task"))
+def at_most(n):  # threads that have been joined may still be about to end
+    for _ in range(1000):
+        if tasks() <= n: return True
+        time.sleep(0.01)
 x = np.ones({LARGE}, np.float32)
 with pyreg.num_threads(1): want = pyreg.dropout(x, 0.1, key=1)
 out = np.empty_like(x)
@@ -202,6 +206,20 @@ for limit in {limits}:
     python(code, **environ)
 
 
+def test_openmp_thread_limit():
+    """A limit for the whole process, also of several calls at once."""
+    code = f"""{START}
+pyreg.set_num_threads(9)
+n = pyreg.get_num_threads()
+callers = [threading.Thread(target=lambda: [right() for _ in range(5)]) for _ in range(2)]
+before = tasks()
+for t in callers: t.start()
+for t in callers: t.join()
+assert n == 3 and at_most(before + 2), tasks()
+"""
+    python(code, OMP_THREAD_LIMIT="3")
+
+
 BAD = [0, -1, -(2**63), 2**31, 2**63, 10**30, True, False, "2", 2.0, np.float32(2), np.True_, [2], 1j, np.array([2])]
 
 
@@ -369,12 +387,9 @@ for _ in range(40): wave(1)
 for _ in range(5): wave(10)
 for _ in range(200): call()
 assert rss() - before < 16e6, rss() - before
-for _ in range(1000):  # threads that have been joined may still be about to end
-    if tasks() <= {max(3, len(CPUS))}: break
-    time.sleep(0.01)
-print(tasks())
+assert at_most({max(3, len(CPUS))}), tasks()
 """
-    assert int(python(code)) <= max(3, len(CPUS))
+    python(code)
 
 
 def test_xla_threads_share_the_helpers():
