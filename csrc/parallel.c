@@ -1,6 +1,6 @@
-/* Threads of our own, because OpenMP's end the process when one cannot be created, are lost in a forked child, and are a
- * team for each thread that calls: XLA has many.  One pool serves all calls.  A call is finished by its own thread,
- * however many helpers come; one that comes late, or never, is not waited for. */
+/* Threads of our own, because OpenMP ends the process when one cannot be created, waits for ever in a forked child, and
+ * makes a team for each thread that calls: XLA has many.  One pool serves all calls.  Each call's own thread works, and
+ * would finish it alone; a helper that comes late, or never, is not waited for. */
 #define _GNU_SOURCE
 #include "parallel.h"
 
@@ -199,10 +199,9 @@ static bool start_helper(const cpu_set_t *cpus) {
     pthread_t thread;
     if (pthread_attr_init(&detached) != 0) return false;
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    if (CPU_COUNT(cpus))
-        pthread_attr_setaffinity_np(&detached, sizeof *cpus, cpus); /* not the caller's, if it is pinned */
     pthread_sigmask(SIG_SETMASK, &all, &old);
     bool started = pthread_create(&thread, &detached, help, NULL) == 0;
+    if (started && CPU_COUNT(cpus)) pthread_setaffinity_np(thread, sizeof *cpus, cpus); /* this one may be pinned */
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&detached);
     helpers += started;

@@ -15,8 +15,8 @@ struct phase {
  * whole work in nanoseconds on one thread, is below what threads pay for.  PYREG_OK or PYREG_INTERRUPTED. */
 enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns);
 
-/* Should the call stop?  For a run() that takes long to ask now and then, on any thread; false outside of one.  After it
- * was true run() returns as soon as it can, and parallel_run returns PYREG_INTERRUPTED. */
+/* Should the call stop?  For a run() that takes long to ask now and then, on any thread; false outside of one.  Where
+ * it is true run() returns as soon as it can, and parallel_run returns PYREG_INTERRUPTED. */
 bool parallel_stop(void);
 
 /* Is the work shared among threads, if there are any? */

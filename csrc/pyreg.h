@@ -4,7 +4,7 @@
  *   - Arguments are checked before anything is written; the result is a status, PYREG_OK (0) or an error.
  *   - Results are a function of the arguments alone: the same bits for every thread count, instruction set,
  *     alignment, memory layout (but see batch-norm), and for in-place and fresh outputs.
- *   - Thread-safe: any number of threads may call at once.  The library keeps no state but the thread count.
+ *   - Thread-safe: any number of threads may call at once.  The library keeps no state but threads and their number.
  *   - The caller's floating-point mode (rounding, flush-to-zero) holds in every thread that helps, and is kept.
  *   - Arrays may be strided in any way (strides in bytes, also zero for inputs, also negative); elements are aligned
  *     to their size.  An input may be the output (same address and strides); other overlaps are the caller's to avoid.
@@ -138,9 +138,9 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, c
 /* ---- Threads ----------------------------------------------------------------------------------------------------
  * Number of threads of the next call from this thread: pyreg_use_threads(n) of this thread if n > 0, else
  * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A number that
- * OpenMP was given after loading (threadpoolctl does that) is a limit in every case; it is not noticed where it equals the
- * one at loading.  Small calls run serially.  Where no thread can be created those that there are do the work.
- * The threads that help are the library's own, shared by all calls; they sleep between calls. */
+ * OpenMP is given after loading, as threadpoolctl does, is a limit in every case, but not noticed if it equals the one
+ * at loading.  Small calls run serially.  The threads that help are the library's own; all calls share them, and they
+ * sleep between calls.  Where the system refuses another one, those that there are do the work. */
 int pyreg_get_num_threads(void);
 void pyreg_set_num_threads(int n); /* whole process; 0: automatic */
 int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  Returns the previous value */

@@ -1,4 +1,4 @@
-/* How many threads a call may have: what the caller, the operating system and OpenMP's settings say.  The only file that
+/* How many threads a call may have, by the caller, the operating system and OpenMP's settings.  The only file that
  * knows OpenMP; the threads are our own, in parallel.c. */
 #ifndef PYREG_THREADS_H
 #define PYREG_THREADS_H
