@@ -8,6 +8,7 @@
 #include "memory.h"
 #include "parallel.h"
 
+#include <float.h>
 #include <math.h>
 
 /* Lines of 7 x 7 are summed 1.5 times faster as rows of columns, which have no ends; but swept faster as lines, which
@@ -22,6 +23,9 @@ enum { PIECE = 32768, ROW_PIECE = 65536, MIN_ROWS = 128 };
  * and the sum repeated when the guess is 4 std off. */
 static const double extreme_f32 = 0x1p20, extreme_f64 = 16;
 
+static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
+static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
 /* ---- A call ------------------------------------------------------------------------------------------------------ */
 
 /* A view cut into pieces of its elements and tiles of its channels. */
@@ -31,7 +35,10 @@ struct grid {
     size_t channels, tiles; /* of a tile; in all */
 };
 
-enum { NUM_SUMS = 4 };
+/* A piece's sums of each channel.  LOST: where there is a mask.  MOMENTS, the forward's: where the backward pass takes
+ * the variance from x again. */
+enum { COUNT, MEAN, DEVIATION, FORWARD_SUMS };
+enum { SUM = 1, DBIAS, PRODUCT, LOST, MOMENTS };
 
 struct batchnorm {
     const struct pass *pass;
@@ -42,20 +49,46 @@ struct batchnorm {
     struct view sums, apply; /* what the sums read; what the elementwise sweep reads and writes */
     struct grid sums_grid, apply_grid;
     bool masked, stream, swept;             /* swept: there is an output to be written */
-    double *partial;                        /* (pieces, NUM_SUMS, channels) */
+    size_t num_sums, columns;               /* columns: that a thread's scratch memory has room for */
+    double *partial;                        /* (pieces, num_sums, channels) */
     double *centre, *gain, *slope, *offset; /* (channels) */
+    double *wide;                           /* (channels), 1 where the sweep has to be computed in double */
+    bool any_wide, lost_variance;
 };
+
+/* A thread's scratch memory: sums of columns, then coefficients of columns; and blocks. */
+enum { SUM_COLUMNS = 6, MASKED_SUM_COLUMNS = 8, SWEEP_COLUMNS = 4 };
+struct scratch {
+    double *column[MASKED_SUM_COLUMNS]; /* a value a column */
+    void *narrow;                       /* coefficients for the loops; what the sums were is lost */
+    void *pack;                         /* for a walk */
+};
+
+static size_t column_bytes(const struct batchnorm *bn) {
+    const size_t column = bn->columns * sizeof(double);
+    const size_t narrow = BN_NARROW * (bn->args->dtype == PYREG_F64 ? sizeof(double) : sizeof(float));
+    return at_least((bn->masked ? MASKED_SUM_COLUMNS : SUM_COLUMNS) * column, SWEEP_COLUMNS * column + narrow);
+}
+
+static size_t scratch_bytes(const struct batchnorm *bn) {
+    return column_bytes(bn) + at_least(bn->sums.pack_bytes, bn->apply.pack_bytes);
+}
+
+static struct scratch scratch_of(const struct batchnorm *bn, void *memory) {
+    struct scratch s;
+    for (size_t k = 0; k < MASKED_SUM_COLUMNS; k++) s.column[k] = (double *)memory + k * bn->columns;
+    s.narrow = s.column[SWEEP_COLUMNS];
+    s.pack = (char *)memory + column_bytes(bn);
+    return s;
+}
 
 /* What forward, inference and backward differ in.  All but apply work on channels [c, end). */
 struct pass {
-    void (*sum)(const struct batchnorm *bn, size_t piece, size_t c, size_t end);
-    void (*merge)(double *into, const double *from, size_t channels, size_t c, size_t end);
-    void (*finish)(const struct batchnorm *bn, size_t c, size_t end);
+    void (*sum)(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s);
+    void (*merge)(const struct batchnorm *bn, double *into, const double *from, size_t c, size_t end);
+    void (*finish)(struct batchnorm *bn, size_t c, size_t end);
     void (*apply)(const struct kernels *kernels, const struct bn_block *b, const struct bn_coefficients *coefficients);
 };
-
-static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
-static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* Statistics and parameters: float64 for float64 data, else float32. */
 static double get(const struct batchnorm *bn, const void *p, size_t c) {
@@ -70,7 +103,7 @@ static void put(const struct batchnorm *bn, void *p, size_t c, double v) {
 }
 
 static double *partial(const struct batchnorm *bn, size_t piece) {
-    return bn->partial + piece * NUM_SUMS * bn->sums.channels;
+    return bn->partial + piece * bn->num_sums * bn->sums.channels;
 }
 
 /* ---- Pieces, and their columns ----------------------------------------------------------------------------------- */
@@ -94,6 +127,11 @@ static struct region region_of(const struct view *v, const struct grid *g, size_
     r.inner = g->parts > 1 ? piece % g->parts * PIECE : 0;
     r.inner_end = g->parts > 1 ? at_most(r.inner + PIECE, v->inner) : v->inner;
     return r;
+}
+
+/* Columns that the channels of a tile have, as many as are taken together. */
+static size_t tile_columns(const struct view *v, const struct grid *g) {
+    return view_columns(v, view_together(v, at_most(g->channels, v->channels)));
 }
 
 /* Sums of columns -> sums of channels, in place. */
@@ -120,77 +158,83 @@ static void spread(const struct view *v, size_t channels, const double *values, 
 
 /* ---- Forward ----------------------------------------------------------------------------------------------------- */
 
-struct sums {
-    double count[BN_COLUMNS], sum[BN_COLUMNS], square[BN_COLUMNS];
-};
-
-/* Sums of x - origin and (x - origin)^2 over a region; origin NULL: 0. */
-static void sum_region(const struct batchnorm *bn, struct region r, const double *origin, struct sums *s) {
+/* Sums of x - origin and (x - origin)^2 over a region, and the count; origin NULL: 0. */
+static void sum_region(const struct batchnorm *bn, struct region r, const double *origin, double *shift, double *count,
+                       double *sum, double *square, void *pack) {
     const struct view *v = &bn->sums;
     const size_t channels = r.channel_end - r.channel, columns = view_columns(v, channels);
     const size_t n = (r.outer_end - r.outer) * (r.inner_end - r.inner);
-    double shift[BN_COLUMNS];
-    for (size_t j = 0; j < columns; j++) s->count[j] = s->sum[j] = s->square[j] = shift[j] = 0;
+    for (size_t j = 0; j < columns; j++) count[j] = sum[j] = square[j] = shift[j] = 0;
     if (origin) spread(v, channels, origin, shift);
     struct walk w;
-    for (walk_begin(&w, v, r); walk_next(&w);) {
+    for (walk_begin(&w, v, r, pack); walk_next(&w);) {
         if (bn->masked)
-            bn->kernels->bn_masked_sums(&w.block, shift, s->count, s->sum, s->square);
+            bn->kernels->bn_masked_sums(&w.block, shift, count, sum, square);
         else if (origin)
-            bn->kernels->bn_shifted_sums(&w.block, shift, s->sum, s->square);
+            bn->kernels->bn_shifted_sums(&w.block, shift, sum, square);
         else
-            bn->kernels->bn_sums(&w.block, s->sum, s->square);
+            bn->kernels->bn_sums(&w.block, sum, square);
     }
-    fold(v, channels, s->sum);
-    fold(v, channels, s->square);
+    fold(v, channels, sum);
+    fold(v, channels, square);
     if (bn->masked)
-        fold(v, channels, s->count);
+        fold(v, channels, count);
     else
-        for (size_t c = 0; c < channels; c++) s->count[c] = (double)n;
+        for (size_t c = 0; c < channels; c++) count[c] = (double)n;
 }
 
 /* Count, mean and sum of squared deviations of a piece's channels. */
-static void sum_tile(const struct batchnorm *bn, struct region r, double *count, double *mean, double *deviation) {
+static void sum_tile(const struct batchnorm *bn, struct region r, double *count, double *mean, double *deviation,
+                     const struct scratch *s) {
     const size_t channels = r.channel_end - r.channel;
     const bool f64 = bn->args->dtype == PYREG_F64;
     const double extreme = f64 ? extreme_f64 : extreme_f32;
-    struct sums s;
-    double origin[BN_COLUMNS];
-    bool repeat[BN_COLUMNS], any = false;
+    double *origin = s->column[0], *shift = s->column[1], *repeat = s->column[2];
+    double *n = s->column[3], *sum = s->column[4], *square = s->column[5];
+    bool any = false;
     for (size_t c = 0; c < channels; c++) /* a masked element may be anything: no guess */
         origin[c] = f64 && !bn->masked ? *(const double *)view_at(&bn->sums, BN_X, r.outer, r.channel + c, r.inner) : 0;
-    sum_region(bn, r, f64 ? origin : NULL, &s);
+    sum_region(bn, r, f64 ? origin : NULL, shift, n, sum, square, s->pack);
     for (size_t c = 0; c < channels; c++) {
-        double d = s.count[c] > 0 ? s.sum[c] / s.count[c] : 0;
-        count[c] = s.count[c];
+        double d = n[c] > 0 ? sum[c] / n[c] : 0;
+        count[c] = n[c];
         mean[c] = origin[c] + d;
-        deviation[c] = s.square[c] - s.sum[c] * d;
-        repeat[c] = s.sum[c] * d > extreme * deviation[c];
-        any |= repeat[c];
+        deviation[c] = square[c] - sum[c] * d;
+        repeat[c] = sum[c] * d > extreme * deviation[c];
+        any |= repeat[c] != 0;
     }
     if (!any) return;
     for (size_t c = 0; c < channels; c++) origin[c] = mean[c];
-    sum_region(bn, r, origin, &s);
+    sum_region(bn, r, origin, shift, n, sum, square, s->pack);
     for (size_t c = 0; c < channels; c++) {
-        if (!repeat[c]) continue;
-        double d = s.sum[c] / s.count[c], square = s.square[c] - s.sum[c] * d;
+        if (repeat[c] == 0) continue;
+        double d = sum[c] / n[c], rest = square[c] - sum[c] * d;
         mean[c] = origin[c] + d;
-        deviation[c] = square > 0 ? square : 0;
+        deviation[c] = rest > 0 ? rest : 0;
     }
 }
 
-static void forward_sum(const struct batchnorm *bn, size_t piece, size_t c, size_t end) {
-    double *count = partial(bn, piece), *mean = count + bn->sums.channels, *deviation = mean + bn->sums.channels;
+/* at: COUNT, MEAN, DEVIATION of all channels. */
+static void sum_moments(const struct batchnorm *bn, double *at, size_t piece, size_t c, size_t end,
+                        const struct scratch *s) {
+    const size_t channels = bn->sums.channels;
     for (size_t step; c < end; c += step) {
         step = view_together(&bn->sums, end - c);
-        sum_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), count + c, mean + c, deviation + c);
+        sum_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), at + COUNT * channels + c,
+                 at + MEAN * channels + c, at + DEVIATION * channels + c, s);
     }
+}
+
+static void forward_sum(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s) {
+    sum_moments(bn, partial(bn, piece), piece, c, end, s);
 }
 
 /* Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979. */
-static void forward_merge(double *into, const double *from, size_t channels, size_t c, size_t end) {
-    double *count = into, *mean = into + channels, *deviation = into + 2 * channels;
-    const double *count2 = from, *mean2 = from + channels, *deviation2 = from + 2 * channels;
+static void forward_merge(const struct batchnorm *bn, double *into, const double *from, size_t c, size_t end) {
+    const size_t channels = bn->sums.channels;
+    double *count = into + COUNT * channels, *mean = into + MEAN * channels, *deviation = into + DEVIATION * channels;
+    const double *count2 = from + COUNT * channels, *mean2 = from + MEAN * channels;
+    const double *deviation2 = from + DEVIATION * channels;
     for (; c < end; c++) {
         double n = count[c] + count2[c], share = n > 0 ? count2[c] / n : 0, d = mean2[c] - mean[c];
         deviation[c] += deviation2[c] + d * d * (count[c] * share);
@@ -199,23 +243,38 @@ static void forward_merge(double *into, const double *from, size_t channels, siz
     }
 }
 
+/* Is v > 0 more or less than a float holds in full precision? */
+static bool float_lacks(double v) { return v < FLT_MIN || v > FLT_MAX; }
+
+/* Where `wide`, the sweep of the channel is computed in double: what is in float overflows or underflows. */
+static void set_centre(struct batchnorm *bn, size_t c, double mean, bool wide) {
+    wide &= bn->args->dtype != PYREG_F64;
+    bn->wide[c] = wide;
+    bn->centre[c] = wide || bn->args->dtype == PYREG_F64 ? mean : (double)(float)mean;
+    if (wide) __atomic_store_n(&bn->any_wide, true, __ATOMIC_RELAXED);
+}
+
 /* y = (x - mean) * gain + bias, as (x - centre) * gain + offset: centre is the mean in the precision of the elements,
  * and what it lacks goes into the offset. */
-static void set_coefficients(const struct batchnorm *bn, size_t c, double mean, double var) {
+static void set_coefficients(struct batchnorm *bn, size_t c, double mean, double var, bool wide) {
     const struct pyreg_batchnorm *args = bn->args;
     double scale = args->scale ? get(bn, args->scale, c) : 1, bias = args->bias ? get(bn, args->bias, c) : 0;
     bn->gain[c] = scale / sqrt(var + args->epsilon);
-    bn->centre[c] = args->dtype == PYREG_F64 ? mean : (double)(float)mean;
+    set_centre(bn, c, mean, wide);
     bn->offset[c] = mean == bn->centre[c] ? bias : bias - (mean - bn->centre[c]) * bn->gain[c];
 }
 
-static void forward_finish(const struct batchnorm *bn, size_t c, size_t end) {
-    const double *count = bn->partial, *mean = count + bn->sums.channels, *deviation = mean + bn->sums.channels;
+static void forward_finish(struct batchnorm *bn, size_t c, size_t end) {
+    const size_t channels = bn->sums.channels;
+    const double *count = bn->partial + COUNT * channels, *mean = bn->partial + MEAN * channels;
+    const double *deviation = bn->partial + DEVIATION * channels;
     for (; c < end; c++) {
         double var = deviation[c] / count[c], m = count[c] > 0 ? mean[c] : NAN;
         put(bn, bn->mean_out, c, m);
         put(bn, bn->var_out, c, var);
-        set_coefficients(bn, c, m, var);
+        /* No x - mean is above the root of their squares' sum. */
+        const bool wide = float_lacks(var + bn->args->epsilon) || deviation[c] > (double)FLT_MAX * (double)FLT_MAX;
+        set_coefficients(bn, c, m, var, wide);
     }
 }
 
@@ -227,8 +286,8 @@ static const struct pass forward = {forward_sum, forward_merge, forward_finish, 
 
 /* ---- Inference --------------------------------------------------------------------------------------------------- */
 
-static void inference_finish(const struct batchnorm *bn, size_t c, size_t end) {
-    for (; c < end; c++) set_coefficients(bn, c, get(bn, bn->mean, c), get(bn, bn->var, c));
+static void inference_finish(struct batchnorm *bn, size_t c, size_t end) {
+    for (; c < end; c++) set_coefficients(bn, c, get(bn, bn->mean, c), get(bn, bn->var, c), false);
 }
 
 static const struct pass inference = {NULL, NULL, inference_finish, normalise};
@@ -240,61 +299,93 @@ static double backward_origin(const struct batchnorm *bn, size_t c) {
     return bn->args->dtype == PYREG_F64 ? get(bn, bn->mean, c) : 0;
 }
 
-/* count, sum of x - origin over the mask, sum of dy, sum of dy * (x - origin), for channels [c, end) of one walk. */
-static void gradient_tile(const struct batchnorm *bn, struct region r, double *const out[NUM_SUMS]) {
+/* Count and sum of x - origin over the mask, sum of dy, sum of dy * (x - origin), and the sum of those dy that are lost to
+ * the product, for channels [c, end) of one walk. */
+static void gradient_tile(const struct batchnorm *bn, struct region r, double *const out[MOMENTS],
+                          const struct scratch *s) {
     const struct view *v = &bn->sums;
     const size_t channels = r.channel_end - r.channel, columns = view_columns(v, channels);
-    double origin[BN_COLUMNS], shift[BN_COLUMNS], sums[NUM_SUMS][BN_COLUMNS], ignored[BN_COLUMNS];
-    for (size_t j = 0; j < columns; j++) sums[0][j] = sums[1][j] = sums[2][j] = sums[3][j] = ignored[j] = 0;
+    double *const *column = s->column, *shift = column[0], *origin = column[1], *ignored = column[2];
+    double *const sums[MOMENTS] = {[SUM] = column[3], column[4], column[5], [COUNT] = column[6], [LOST] = column[7]};
+    for (size_t j = 0; j < columns; j++) sums[SUM][j] = sums[DBIAS][j] = sums[PRODUCT][j] = 0;
+    for (size_t j = 0; bn->masked && j < columns; j++) sums[COUNT][j] = sums[LOST][j] = ignored[j] = 0;
     for (size_t c = 0; c < channels; c++) origin[c] = backward_origin(bn, r.channel + c);
     spread(v, channels, origin, shift);
     struct walk w;
-    for (walk_begin(&w, v, r); walk_next(&w);) {
+    for (walk_begin(&w, v, r, s->pack); walk_next(&w);) {
         w.block.relu = bn->args->relu;
-        bn->kernels->bn_gradient_sums(&w.block, shift, bn->masked ? ignored : sums[1], sums[2], sums[3]);
-        if (bn->masked) bn->kernels->bn_masked_sums(&w.block, shift, sums[0], sums[1], ignored);
+        bn->kernels->bn_gradient_sums(&w.block, shift, bn->masked ? ignored : sums[SUM], sums[DBIAS], sums[PRODUCT]);
+        if (bn->masked) bn->kernels->bn_masked_sums(&w.block, shift, sums[COUNT], sums[SUM], ignored);
     }
-    for (int k = 0; k < NUM_SUMS; k++) {
+    bool finite = true;
+    for (size_t j = 0; bn->masked && j < columns; j++) finite &= isfinite(sums[PRODUCT][j]);
+    if (!finite) { /* perhaps by what is masked: once more without that */
+        for (size_t j = 0; j < columns; j++) sums[DBIAS][j] = sums[PRODUCT][j] = 0;
+        for (walk_begin(&w, v, r, s->pack); walk_next(&w);) {
+            w.block.relu = bn->args->relu;
+            bn->kernels->bn_finite_gradient_sums(&w.block, shift, sums[DBIAS], sums[PRODUCT], sums[LOST]);
+        }
+    }
+    for (int k = bn->masked ? COUNT : SUM; k <= (bn->masked ? LOST : PRODUCT); k++) {
         fold(v, channels, sums[k]);
         for (size_t c = 0; c < channels; c++) out[k][c] = sums[k][c];
     }
     if (!bn->masked)
-        for (size_t c = 0; c < channels; c++) out[0][c] = (double)((r.outer_end - r.outer) * (r.inner_end - r.inner));
+        for (size_t c = 0; c < channels; c++)
+            out[COUNT][c] = (double)((r.outer_end - r.outer) * (r.inner_end - r.inner));
 }
 
-static void backward_sum(const struct batchnorm *bn, size_t piece, size_t c, size_t end) {
+static void backward_sum(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s) {
     const size_t channels = bn->sums.channels;
     double *at = partial(bn, piece);
+    if (bn->lost_variance) sum_moments(bn, at + MOMENTS * channels, piece, c, end, s);
     for (size_t step; c < end; c += step) {
         step = view_together(&bn->sums, end - c);
-        double *const out[NUM_SUMS] = {at + c, at + channels + c, at + 2 * channels + c, at + 3 * channels + c};
-        gradient_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), out);
+        double *out[MOMENTS];
+        for (size_t k = 0; k < MOMENTS; k++) out[k] = at + k * channels + c;
+        gradient_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), out, s);
     }
 }
 
-static void backward_merge(double *into, const double *from, size_t channels, size_t c, size_t end) {
-    for (size_t k = 0; k < NUM_SUMS; k++)
+static void backward_merge(const struct batchnorm *bn, double *into, const double *from, size_t c, size_t end) {
+    const size_t channels = bn->sums.channels;
+    for (size_t k = 0; k <= (bn->masked ? LOST : PRODUCT); k++)
         for (size_t j = c; j < end; j++) into[k * channels + j] += from[k * channels + j];
+    if (bn->lost_variance) forward_merge(bn, into + MOMENTS * channels, from + MOMENTS * channels, c, end);
+}
+
+/* Has float lost a variance that the data have?  Then it is taken from x again. */
+static bool lost_variance(const struct batchnorm *bn) {
+    const float *var = bn->var, least = FLT_MIN - (float)bn->args->epsilon;
+    int lost = 0;
+    if (bn->args->dtype == PYREG_F64) return false;
+    for (size_t c = 0; c < bn->sums.channels; c++) lost |= (var[c] < least) | (var[c] > FLT_MAX);
+    return lost;
 }
 
 /* dx = gain * (dy - dbias / n - xhat * dscale / n), as gain * dy + slope * (x - centre) + offset; with dmean and dvar,
  * the gradients of the outputs mean and var, + dmean / n + dvar * 2 (x - mean) / n.  The mean is taken from x again: as
  * float32 it may be a good part of a std off. */
-static void backward_finish(const struct batchnorm *bn, size_t c, size_t end) {
+static void backward_finish(struct batchnorm *bn, size_t c, size_t end) {
     const struct pyreg_batchnorm *args = bn->args;
     const size_t channels = bn->sums.channels;
-    const double *count = bn->partial, *sum = count + channels, *dbias = sum + channels, *product = dbias + channels;
+    const double *count = bn->partial + COUNT * channels, *sum = bn->partial + SUM * channels;
+    const double *dbias = bn->partial + DBIAS * channels, *product = bn->partial + PRODUCT * channels;
+    const double *lost = bn->partial + LOST * channels, *deviation = bn->partial + (MOMENTS + DEVIATION) * channels;
     for (; c < end; c++) {
         double n = count[c], correction = sum[c] / n, mean = backward_origin(bn, c) + correction;
-        double rstd = 1 / sqrt(get(bn, bn->var, c) + args->epsilon);
+        double var = get(bn, bn->var, c), dy = bn->masked ? dbias[c] - lost[c] : dbias[c];
+        if (bn->lost_variance && float_lacks(var + args->epsilon)) var = deviation[c] / n;
+        double square = var + args->epsilon, rstd = 1 / sqrt(square);
         double gain = (args->scale ? get(bn, args->scale, c) : 1) * rstd;
-        double dscale = (product[c] - correction * dbias[c]) * rstd;
+        double dscale = (product[c] - correction * dy) * rstd;
         double slope = -gain * rstd * dscale / n, offset = -gain * dbias[c] / n;
         if (bn->dmean) offset += get(bn, bn->dmean, c) / n;
         if (bn->dvar) slope += 2 * get(bn, bn->dvar, c) / n;
         bn->gain[c] = gain;
         bn->slope[c] = slope;
-        bn->centre[c] = args->dtype == PYREG_F64 ? mean : (double)(float)mean;
+        const bool far = square < 0x1p-64 || square > 0x1p64; /* the slope goes with its inverse */
+        set_centre(bn, c, mean, float_lacks(square) || (far && slope != 0 && float_lacks(fabs(slope))));
         bn->offset[c] = offset - slope * (mean - bn->centre[c]);
         put(bn, bn->dscale_out, c, dscale);
         put(bn, bn->dbias_out, c, dbias[c]);
@@ -314,66 +405,89 @@ static void merge(const struct batchnorm *bn, size_t c, size_t end) {
     if (!bn->pass->merge) return;
     for (size_t step = 1; step < bn->sums_grid.pieces; step *= 2)
         for (size_t p = 0; p + step < bn->sums_grid.pieces; p += 2 * step)
-            bn->pass->merge(partial(bn, p), partial(bn, p + step), bn->sums.channels, c, end);
+            bn->pass->merge(bn, partial(bn, p), partial(bn, p + step), c, end);
 }
 
-static void apply(const struct batchnorm *bn, size_t piece, size_t c, size_t end) {
+/* How many of the channels [c, end) a sweep takes together: neighbours that are computed in the same way. */
+static size_t swept_together(const struct batchnorm *bn, size_t c, size_t end) {
+    const size_t step = view_together(&bn->apply, end - c);
+    if (!__atomic_load_n(&bn->any_wide, __ATOMIC_RELAXED)) return step;
+    for (size_t k = 1; k < step; k++)
+        if (bn->wide[c + k] != bn->wide[c]) return k;
+    return step;
+}
+
+static void apply(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s) {
     const struct view *v = &bn->apply;
+    double *const *columns = s->column;
     for (size_t step; c < end; c += step) {
-        step = view_together(v, end - c);
-        double columns[4][BN_COLUMNS];
-        struct bn_coefficients k = {bn->centre + c, bn->gain + c, bn->slope ? bn->slope + c : NULL, bn->offset + c};
+        step = swept_together(bn, c, end);
+        struct bn_coefficients k = {bn->centre + c, bn->gain + c, bn->slope ? bn->slope + c : NULL, bn->offset + c,
+                                    s->narrow};
         if (view_columns(v, 1) > 1 && !v->line) {
             spread(v, step, k.centre, columns[0]);
             spread(v, step, k.gain, columns[1]);
             if (k.slope) spread(v, step, k.slope, columns[2]);
             spread(v, step, k.offset, columns[3]);
-            k = (struct bn_coefficients){columns[0], columns[1], columns[2], columns[3]};
+            k = (struct bn_coefficients){columns[0], columns[1], k.slope ? columns[2] : NULL, columns[3], s->narrow};
         }
         struct walk w;
-        for (walk_begin(&w, v, region_of(v, &bn->apply_grid, piece, c, c + step)); walk_next(&w);) {
+        for (walk_begin(&w, v, region_of(v, &bn->apply_grid, piece, c, c + step), s->pack); walk_next(&w);) {
             w.block.relu = bn->args->relu;
             w.block.stream = bn->stream && !w.packed[bn->slope ? BN_DX : BN_Y];
-            bn->pass->apply(bn->kernels, &w.block, &k);
+            if (bn->wide[c] != 0)
+                bn->kernels->bn_sweep_wide(&w.block, &k);
+            else
+                bn->pass->apply(bn->kernels, &w.block, &k);
         }
     }
     if (bn->stream) bn->kernels->stream_end();
 }
 
-static void sum_chunk(void *work, size_t chunk) {
+static void sum_chunk(void *work, size_t chunk, void *memory) {
     const struct batchnorm *bn = work;
+    const struct scratch s = scratch_of(bn, memory);
     const struct grid *g = &bn->sums_grid;
     size_t c = chunk % g->tiles * g->channels;
-    bn->pass->sum(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->sums.channels));
+    bn->pass->sum(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->sums.channels), &s);
 }
 
 enum { FINISH_CHANNELS = 64 };
 
-static void finish_chunk(void *work, size_t chunk) {
-    const struct batchnorm *bn = work;
+static void finish_chunk(void *work, size_t chunk, void *memory) {
+    (void)memory;
+    struct batchnorm *bn = work;
     size_t c = chunk * FINISH_CHANNELS, end = at_most(c + FINISH_CHANNELS, bn->sums.channels);
     merge(bn, c, end);
     bn->pass->finish(bn, c, end);
 }
 
 /* The last chunk first: the end of what the sums read is still in the cache. */
-static void apply_chunk(void *work, size_t chunk) {
+static void apply_chunk(void *work, size_t chunk, void *memory) {
     const struct batchnorm *bn = work;
+    const struct scratch s = scratch_of(bn, memory);
     const struct grid *g = &bn->apply_grid;
     chunk = g->pieces * g->tiles - 1 - chunk;
     size_t c = chunk % g->tiles * g->channels;
-    apply(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->apply.channels));
+    apply(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->apply.channels), &s);
 }
 
 /* All of a few channels, from the sums to the result, while they are in the cache. */
-static void tile_chunk(void *work, size_t chunk) {
-    const struct batchnorm *bn = work;
+static void tile_chunk(void *work, size_t chunk, void *memory) {
+    struct batchnorm *bn = work;
+    const struct scratch s = scratch_of(bn, memory);
     const struct grid *g = &bn->sums_grid;
     size_t c = chunk * g->channels, end = at_most(c + g->channels, bn->sums.channels);
-    for (size_t p = 0; bn->pass->sum && p < g->pieces; p++) bn->pass->sum(bn, p, c, end);
+    for (size_t p = 0; bn->pass->sum && p < g->pieces; p++) {
+        if (p && parallel_stop()) return;
+        bn->pass->sum(bn, p, c, end, &s);
+    }
     merge(bn, c, end);
     bn->pass->finish(bn, c, end);
-    for (size_t p = bn->swept ? bn->apply_grid.pieces : 0; p-- > 0;) apply(bn, p, c, end);
+    for (size_t p = bn->swept ? bn->apply_grid.pieces : 0; p-- > 0;) {
+        if (p && parallel_stop()) return;
+        apply(bn, p, c, end, &s);
+    }
 }
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------- */
@@ -407,14 +521,18 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     bn->apply_grid = grid_of(&bn->apply);
 
     const size_t channels = bn->sums.channels;
-    const size_t sums_bytes = bn->pass->sum ? bn->sums_grid.pieces * NUM_SUMS : 0;
-    double *scratch = memory_alloc((sums_bytes + 4) * channels, sizeof(double));
-    if (!scratch) return PYREG_NO_MEMORY;
-    bn->centre = scratch;
-    bn->gain = scratch + channels;
-    bn->offset = scratch + 2 * channels;
-    bn->slope = bn->pass == &backward ? scratch + 3 * channels : NULL;
-    bn->partial = scratch + 4 * channels;
+    bn->lost_variance = bn->pass == &backward && lost_variance(bn);
+    bn->num_sums = bn->pass == &inference ? 0 : bn->pass == &forward ? FORWARD_SUMS : bn->masked ? MOMENTS : LOST;
+    if (bn->lost_variance) bn->num_sums = MOMENTS + FORWARD_SUMS;
+    double *values = memory_alloc((bn->sums_grid.pieces * bn->num_sums + 5) * channels, sizeof(double));
+    if (!values) return PYREG_NO_MEMORY;
+    bn->centre = values;
+    bn->gain = values + channels;
+    bn->offset = values + 2 * channels;
+    bn->slope = bn->pass == &backward ? values + 3 * channels : NULL;
+    bn->wide = values + 4 * channels;
+    bn->partial = values + 5 * channels;
+    bn->columns = at_least(tile_columns(&bn->sums, &bn->sums_grid), tile_columns(&bn->apply, &bn->apply_grid));
 
     /* In bn->apply's operands.  Where no cache holds them, storing around it is quicker; where one does it takes up to
      * 1.7 times as long: `./run bench scaling --stores`. */
@@ -437,8 +555,8 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
         phases[num++] = (struct phase){divide_up(channels, FINISH_CHANNELS), finish_chunk};
         if (bn->swept) phases[num++] = (struct phase){bn->apply_grid.pieces * bn->apply_grid.tiles, apply_chunk};
     }
-    enum pyreg_status status = parallel_run(phases, num, bn, work_ns);
-    memory_free(scratch);
+    enum pyreg_status status = parallel_run(phases, num, bn, scratch_bytes(bn), work_ns);
+    memory_free(values);
     return status;
 }
 

@@ -18,9 +18,18 @@ static bool one_dim(const struct view *v, const struct view_dim *out, const stru
     return true;
 }
 
+/* Are the elements of each row neighbours? */
+static bool is_rows(const struct view *v, enum bn_operand k, size_t channels, size_t inner) {
+    const ptrdiff_t size = (ptrdiff_t)v->size[k];
+    if (inner > 1 && v->inner_dim.stride[k] != size) return false;
+    if (channels > 1 && v->channel_dim.stride[k] != (ptrdiff_t)inner * size) return false;
+    if (v->line || v->phases == 1 || v->num_outer == 0) return true;
+    return v->outer_dim[v->num_outer - 1].stride[k] == (ptrdiff_t)(channels * inner) * size;
+}
+
 void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const struct operand *operands,
                enum bn_operand first, size_t long_line) {
-    struct view_dim dims[PYREG_MAX_DIMS];
+    struct view_dim *dims = v->outer_dim; /* sorted first, merged in place after */
     int num = 0;
     for (int k = 0; k < BN_OPERANDS; k++) {
         v->size[k] = operands[k].data ? operands[k].size : 0;
@@ -66,6 +75,13 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
     for (int d = 0; d < v->num_outer; d++) v->outer *= v->outer_dim[d].length;
     v->line = v->channels == 1 || v->inner >= long_line;
     v->phases = v->line ? LINE_PHASES : v->channels * v->inner < SHORT_ROW ? ROW_PHASES : 1;
+    v->pack_bytes = 0;
+    for (int k = 0; k < BN_OPERANDS; k++) {
+        const enum bn_operand of = (enum bn_operand)k; /* all channels may be rows, where one of them is not */
+        v->pack_at[k] = v->pack_bytes;
+        if (v->size[k] && !(is_rows(v, of, v->channels, v->inner) && is_rows(v, of, 1, v->inner)))
+            v->pack_bytes += PACK * v->size[k];
+    }
 }
 
 char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t channel, size_t inner) {
@@ -104,12 +120,13 @@ static void copy_now(struct walk *w, enum bn_operand k, bool pack) {
                               now->inner_end - now->inner};
     const ptrdiff_t stride[3] = {v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] : 0, v->channel_dim.stride[k],
                                  v->inner_dim.stride[k]};
-    copy_block((char *)w->pack[k], view_at(v, k, now->outer, now->channel, now->inner), v->size[k], length, stride,
+    copy_block(w->pack + v->pack_at[k], view_at(v, k, now->outer, now->channel, now->inner), v->size[k], length, stride,
                pack);
 }
 
-void walk_begin(struct walk *w, const struct view *v, struct region region) {
+void walk_begin(struct walk *w, const struct view *v, struct region region, void *pack) {
     w->view = v;
+    w->pack = pack;
     w->left = region;
     w->inner_begin = region.inner;
     for (int k = 0; k < BN_OPERANDS; k++) {
@@ -118,15 +135,6 @@ void walk_begin(struct walk *w, const struct view *v, struct region region) {
     }
     w->now = (struct region){0};
     w->block.relu = w->block.stream = false;
-}
-
-/* Are the elements of each row neighbours? */
-static bool is_rows(const struct view *v, enum bn_operand k, size_t channels, size_t inner) {
-    const ptrdiff_t size = (ptrdiff_t)v->size[k];
-    if (inner > 1 && v->inner_dim.stride[k] != size) return false;
-    if (channels > 1 && v->channel_dim.stride[k] != (ptrdiff_t)inner * size) return false;
-    if (v->line || v->phases == 1 || v->num_outer == 0) return true;
-    return v->outer_dim[v->num_outer - 1].stride[k] == (ptrdiff_t)(channels * inner) * size;
 }
 
 size_t view_columns(const struct view *v, size_t channels) { return channels * v->phases * (v->line ? 1 : v->inner); }
@@ -166,7 +174,7 @@ bool walk_next(struct walk *w) {
         if (!v->size[k]) continue;
         if (w->packed[k]) {
             if (!v->output[k]) copy_now(w, (enum bn_operand)k, true);
-            w->block.of[k] = (struct bn_rows){w->pack[k], width};
+            w->block.of[k] = (struct bn_rows){w->pack + v->pack_at[k], width};
         } else {
             ptrdiff_t stride = v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] / (ptrdiff_t)v->size[k] : 0;
             w->block.of[k] = (struct bn_rows){view_at(v, k, w->now.outer, w->now.channel, w->now.inner), stride};

@@ -20,6 +20,7 @@ struct view {
     size_t size[BN_OPERANDS]; /* bytes of an element; 0: no such operand */
     bool output[BN_OPERANDS];
     char *data[BN_OPERANDS];
+    size_t pack_at[BN_OPERANDS], pack_bytes; /* memory that a walk wants: where an operand is packed; in all */
     int num_outer;
     struct view_dim outer_dim[PYREG_MAX_DIMS], channel_dim, inner_dim;
 };
@@ -44,8 +45,8 @@ struct region {
 
 enum { PACK = BN_COLUMNS }; /* elements of a block that has to be packed */
 
-/* for (walk_begin(&w, v, region); walk_next(&w);) work on w.block.  Operands that are not rows of neighbouring elements
- * are packed first, and outputs unpacked after.  */
+/* for (walk_begin(&w, v, region, pack); walk_next(&w);) work on w.block.  Operands that are not rows of neighbouring
+ * elements are packed first, and outputs unpacked after, in v->pack_bytes of memory at `pack`. */
 struct walk {
     const struct view *view;
     struct region left;
@@ -53,9 +54,9 @@ struct walk {
     struct region now;
     bool packed[BN_OPERANDS];
     struct bn_block block;
-    double pack[BN_OPERANDS][PACK];
+    char *pack;
 };
-void walk_begin(struct walk *w, const struct view *v, struct region region);
+void walk_begin(struct walk *w, const struct view *v, struct region region, void *pack);
 bool walk_next(struct walk *w);
 
 /* Columns that a block of `channels` channels has. */

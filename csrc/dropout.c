@@ -235,7 +235,8 @@ static void dropout_tile(const struct dropout *op, struct window *w, const char 
     if (!op->contiguous) copy_strided(op->size, n, tile, size, y, op->row.y);
 }
 
-static void dropout_chunk(void *work, size_t chunk) {
+static void dropout_chunk(void *work, size_t chunk, void *scratch) {
+    (void)scratch;
     const struct dropout *op = work;
     struct window w;
     w.bits = 0;
@@ -371,7 +372,7 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     const struct phase phase = {
         (size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
     const double ns = fast ? 0.2 : 1.0; /* an element, roughly: `./run bench roofline`, column core */
-    return parallel_run(&phase, 1, &op, ns * (double)count + 0.05 * (double)bytes);
+    return parallel_run(&phase, 1, &op, 0, ns * (double)count + 0.05 * (double)bytes);
 }
 
 /* ---- The mask alone ---------------------------------------------------------------------------------------------- */
@@ -385,7 +386,8 @@ struct mask_op {
     uint8_t *out;
 };
 
-static void mask_chunk(void *work, size_t chunk) {
+static void mask_chunk(void *work, size_t chunk, void *scratch) {
+    (void)scratch;
     const struct mask_op *op = work;
     struct window w;
     w.bits = 0;
@@ -416,7 +418,7 @@ enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bo
         return PYREG_OK;
     }
     const struct phase phase = {(n + CHUNK - 1) / CHUNK, mask_chunk};
-    return parallel_run(&phase, 1, &op, (double)n);
+    return parallel_run(&phase, 1, &op, 0, (double)n);
 }
 
 /* ---- The generators alone ---------------------------------------------------------------------------------------- */

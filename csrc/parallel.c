@@ -5,6 +5,7 @@
 #include "parallel.h"
 
 #include "machine.h"
+#include "memory.h"
 #include "threads.h"
 
 #include <limits.h>
@@ -12,6 +13,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -59,7 +61,8 @@ struct call {
 
     atomic_uint turn;    /* futex: changes when a phase ends and when the helpers have left */
     atomic_bool held;    /* helpers shall leave: the caller forks */
-    int helpers;         /* at work; under the lock, as is */
+    int helpers;         /* at work; under the lock, as are */
+    void *scratch;       /* that no helper has: the first bytes of each say where the next one is */
     struct call *listed; /* the next of the calls in the list */
 };
 
@@ -110,7 +113,7 @@ static void nap(struct call *call, unsigned turn) {
     stopped(call); /* the caller asks while it waits, too */
 }
 
-static void work_on(struct call *call) {
+static void work_on(struct call *call, void *scratch) {
     for (size_t chunk = atomic_load(&call->next); chunk < call->chunks && !atomic_load(&call->held);) {
         const struct phase *phase = call->phases;
         size_t start = 0;
@@ -122,7 +125,7 @@ static void work_on(struct call *call) {
             continue;
         }
         if (!atomic_compare_exchange_weak(&call->next, &chunk, chunk + 1)) continue;
-        if (!stopped(call)) phase->run(call->work, chunk - start);
+        if (!stopped(call)) phase->run(call->work, chunk - start, scratch);
         if (atomic_fetch_add(&call->done, 1) + 1 == start + phase->chunks) {
             atomic_fetch_add(&call->turn, 1);
             wake(&call->turn, INT_MAX);
@@ -149,6 +152,17 @@ static int helpers_wanted(const struct call *call, int working) {
     return own < all ? own : all;
 }
 
+static void *take_scratch(struct call *call) {
+    void *scratch = call->scratch;
+    if (scratch) memcpy(&call->scratch, scratch, sizeof call->scratch);
+    return scratch;
+}
+
+static void give_scratch(struct call *call, void *scratch) {
+    if (scratch) memcpy(scratch, &call->scratch, sizeof call->scratch);
+    if (scratch) call->scratch = scratch;
+}
+
 static void *help(void *unused) {
     cpu_set_t cpus; /* where this thread may run */
     CPU_ZERO(&cpus);
@@ -166,6 +180,7 @@ static void *help(void *unused) {
             continue;
         }
         call->helpers++;
+        void *scratch = take_scratch(call);
         pthread_mutex_unlock(&lock);
 
         if (CPU_COUNT(&call->threads->cpus) && !CPU_EQUAL(&cpus, &call->threads->cpus)) {
@@ -174,10 +189,11 @@ static void *help(void *unused) {
         }
         fp_set(call->mode);
         pthread_setspecific(current, call);
-        work_on(call);
+        work_on(call, scratch);
         pthread_setspecific(current, NULL);
 
         pthread_mutex_lock(&lock);
+        give_scratch(call, scratch);
         if (--call->helpers == 0) {
             atomic_uint *turn = &call->turn;
             atomic_fetch_add(turn, 1);
@@ -301,8 +317,8 @@ void pyreg_set_parallel_from(double ns) { __atomic_store(&set_parallel_from, &ns
 bool parallel_pays(double serial_ns) { return serial_ns >= pyreg_parallel_from(); }
 
 /* A call that parallel_stop and fork() know. */
-static enum pyreg_status run_known(const struct phase *phases, size_t num_phases, void *work, fp_mode mode,
-                                   const struct threads *threads) {
+static enum pyreg_status run_known(const struct phase *phases, size_t num_phases, void *work, char *scratch,
+                                   size_t scratch_bytes, fp_mode mode, const struct threads *threads) {
     struct call call = {.phases = phases,
                         .work = work,
                         .mode = mode,
@@ -311,9 +327,10 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
                         .outer = pthread_getspecific(current),
                         .ask_at = clock_ns() + ask_every_ns};
     for (size_t p = 0; p < num_phases; p++) call.chunks += phases[p].chunks;
+    for (int t = 1; scratch && t < threads->count; t++) give_scratch(&call, scratch + (size_t)t * scratch_bytes);
     pthread_setspecific(current, &call);
     if (threads->count > 1) call_helpers(&call);
-    work_on(&call);
+    work_on(&call, scratch);
     if (threads->count > 1) dismiss_helpers(&call);
     pthread_setspecific(current, call.outer);
     return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
@@ -325,7 +342,8 @@ static size_t most_chunks(const struct phase *phases, size_t num_phases) {
     return most;
 }
 
-enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, double serial_ns) {
+enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, size_t scratch_bytes,
+                               double serial_ns) {
     fp_mode mode = fp_get();
     struct threads threads;
     threads.count = 1;
@@ -334,12 +352,15 @@ enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, vo
         size_t most = most_chunks(phases, num_phases);
         if ((size_t)threads.count > most) threads.count = (int)most;
     }
+    char *scratch = scratch_bytes ? memory_alloc((size_t)threads.count, scratch_bytes) : NULL;
+    if (scratch_bytes && !scratch) return PYREG_NO_MEMORY;
     enum pyreg_status status = PYREG_OK;
     if (threads.count > 1 || serial_ns > 10e6)
-        status = run_known(phases, num_phases, work, mode, &threads);
+        status = run_known(phases, num_phases, work, scratch, scratch_bytes, mode, &threads);
     else /* too short for interrupts and forks in its midst */
         for (size_t p = 0; p < num_phases; p++)
-            for (size_t c = 0; c < phases[p].chunks; c++) phases[p].run(work, c);
+            for (size_t c = 0; c < phases[p].chunks; c++) phases[p].run(work, c, scratch);
+    memory_free(scratch);
     fp_set(mode); /* no exception flags left behind */
     return status;
 }

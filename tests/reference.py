@@ -136,9 +136,11 @@ def batch_norm(x, scale=None, bias=None, axis=-1, epsilon=1e-5, mask=None, activ
 
 
 def batch_norm_backward(dy, x, scale=None, axis=-1, epsilon=1e-5, mask=None, activation=None, y=None):
-    """dx, dscale, dbias, dresidual."""
+    """dx, dscale, dbias, dresidual.  What is masked and not finite adds nothing to dscale."""
     mean, var, n = batch_statistics(x, axis, mask)
     xhat, dy = normalise(x, mean, var, axis=axis, epsilon=epsilon), dy.astype(np.float64)
+    if mask is not None:
+        xhat = np.where(mask | np.isfinite(xhat), xhat, 0)
     if activation == "relu":
         dy = np.where(y.astype(np.float64) > 0, dy, 0)
     others = _others(x, axis)

@@ -429,6 +429,101 @@ def test_what_is_masked_does_not_count(dtype):
         assert same(pyreg.batch_norm(x, mask=np.broadcast_to(mask, shape).copy())[1], mean)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((100, 4), 1), ((9000, 4), 1), ((2, 300, 200), 1), ((5, 30, 7, 7), 1), ((2, 3, 40_000), 1)]
+)
+def test_gradients_beside_what_is_masked(isa, threads, dtype, special, shape, axis):
+    """A masked element that is not finite spoils its own y alone, whatever its dy."""
+    x, dy = normal(shape, dtype), normal(shape, dtype, 1)
+    mask = masked_somewhere(shape, axis)
+    x[~mask & (np.random.default_rng(3).random(shape) < 0.2)] = special
+    scale = parameters(shape[axis], dtype)[0]
+    for count, activation in ((1, None), (3, "relu")):
+        threads(count)
+        options = {"axis": axis, "mask": mask, "activation": activation}
+        y, mean, var = pyreg.batch_norm(x, scale, **options)
+        gradients = pyreg.batch_norm_backward(dy, x, mean, var, scale, y=y, **options)
+        with np.errstate(invalid="ignore"):
+            want = reference.batch_norm_backward(dy, x, scale, y=y, **options)
+        tolerances = TOLERANCE[dtype] * 4, 3e-6, 1e-6 if dtype != F64 else 1e-12
+        for got, wanted, tolerance in zip(gradients, want, tolerances, strict=False):
+            close(got, wanted, tolerance)
+        ordinary = np.where(np.isfinite(x.astype(F64)), x, 0).astype(dtype)  # another value there changes only dscale
+        others = pyreg.batch_norm_backward(dy, ordinary, mean, var, scale, y=y, **options)
+        assert same(gradients[2], others[2])
+        dy[~np.isfinite(x.astype(F64))] = 0
+        gradients = pyreg.batch_norm_backward(dy, x, mean, var, scale, y=y, **options)
+        others = pyreg.batch_norm_backward(dy, ordinary, mean, var, scale, y=y, **options)
+        assert all(same(got, wanted) for got, wanted in zip(gradients, others, strict=True))
+
+
+def far_scaled(shape, axis, spread, dtype):
+    """Every second channel has a standard deviation around `spread`, the others one around 1."""
+    factors = np.where(np.arange(shape[axis]) % 2, 1.0, spread)
+    return (normal(shape, F64) * reference._by_channel(factors, np.empty(shape), axis)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[3]], ids=str)
+@pytest.mark.parametrize("spread", [1e18, 1e20, 6e37])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((64, 9), 1), ((3000, 5), 1), ((5, 6, 7, 7), 1), ((2, 4, 3000), 1), ((1, 1, 40_000), 1)]
+)
+@pytest.mark.parametrize("option", ["plain", "masked", "relu"])
+def test_squares_that_float32_cannot_hold(threads, dtype, spread, shape, axis, option):
+    """A float32 variance beyond 3.4e38 is inf; y and the gradients are right, and other channels keep their bits."""
+    x, dy, residual = far_scaled(shape, axis, spread, dtype), normal(shape, dtype, 1), normal(shape, dtype, 2)
+    scale, bias = parameters(shape[axis], dtype)
+    mask = masked_somewhere(shape, axis) if option == "masked" else None
+    activation, residual = ("relu", residual) if option == "relu" else (None, None)
+    options = {"axis": axis, "mask": mask, "activation": activation}
+    want_y, want_mean, want_var = reference.batch_norm(x, scale, bias, residual=residual, **options)
+    for count, factor in ((1, 1e6), (3, 1e-6 * max(1, spread / 1e32))):
+        threads(count)
+        small = (dy * dtype.type(factor)).astype(dtype)  # but dx no subnormal
+        y, mean, var = pyreg.batch_norm(x, scale, bias, residual=residual, **options)
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(var, want_var.astype(F32), rtol=1e-6)
+        close(y, want_y, TOLERANCE[dtype])
+        got = pyreg.batch_norm_backward(small, x, mean, var, scale, y=y, **options)
+        want = reference.batch_norm_backward(small, x, scale, y=y, **options)
+        for c in range(shape[axis]):
+            close(got[0].take(c, axis), want[0].take(c, axis), 4 * TOLERANCE[dtype])
+        close(got[1], want[1], 1e-5)
+        close(got[2], want[2], 1e-6)
+    ordinary = far_scaled(shape, axis, 1, dtype)
+    y_ordinary, mean, var_ordinary = pyreg.batch_norm(ordinary, scale, bias, residual=residual, **options)
+    got_ordinary = pyreg.batch_norm_backward(small, ordinary, mean, var_ordinary, scale, y=y_ordinary, **options)
+    for a, b in ((y, y_ordinary), (got[0], got_ordinary[0])):
+        assert same(a.take(np.arange(1, shape[axis], 2), axis), b.take(np.arange(1, shape[axis], 2), axis))
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[3]], ids=str)
+@pytest.mark.parametrize("spread", [1e-17, 1e-20, 1e-30, 1e-36])
+@pytest.mark.parametrize(("shape", "axis"), [((64, 9), 1), ((3000, 5), 1), ((2, 4, 3000), 1)])
+def test_squares_that_float32_loses(dtype, spread, shape, axis):
+    """A float32 variance below 1e-38 is subnormal or 0: without an epsilon y and the gradients are right all the same."""
+    x, dy = far_scaled(shape, axis, spread, dtype), normal(shape, dtype, 1)
+    y, mean, var = pyreg.batch_norm(x, axis=axis, epsilon=0)
+    close(y, reference.batch_norm(x, axis=axis, epsilon=0)[0], TOLERANCE[dtype])
+    got = pyreg.batch_norm_backward(dy, x, mean, var, axis=axis, epsilon=0)
+    want = reference.batch_norm_backward(dy, x, axis=axis, epsilon=0)
+    for c in range(shape[axis]):
+        close(got[0].take(c, axis), want[0].take(c, axis), 4 * TOLERANCE[dtype])
+    close(got[1], want[1], 1e-5)
+    close(got[2], want[2], 1e-6)
+
+
+def test_differences_that_float32_cannot_hold():
+    x = np.full((1000, 2), -3e38, F32)
+    x[0] = 3e38
+    y, mean, _ = pyreg.batch_norm(x)
+    want, want_mean, _ = reference.batch_norm(x)
+    close(y, want, 1e-6)
+    close(mean, want_mean, 1e-6)
+
+
 def test_one_element_a_channel():
     x = normal((1, 5), F32)
     scale, bias = parameters(5, F32)

@@ -342,6 +342,26 @@ static void bn_gradient_sums(const struct bn_block *b, const double *shift, doub
         add_gradient_block(b, false, shift, sum, dbias, dscale);
 }
 
+/* The same without sum and without what is masked and not finite: the dy of that is added to `lost`, too. */
+static void bn_finite_gradient_sums(const struct bn_block *b, const double *shift, double *dbias, double *dscale,
+                                    double *lost) {
+    for (size_t r = 0; r < b->rows; r++) {
+        const elem_t *x = row(b, BN_X, r), *dy = row(b, BN_DY, r), *y = b->relu ? row(b, BN_Y, r) : NULL;
+        const uint8_t *mask = (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride;
+        for (size_t l = 0, i = 0; l < b->lines; l++)
+            for (size_t j = 0; j < b->length; j++, i++) {
+                const size_t k = l * b->period + j % b->period;
+                const double d = (double)load(x[i]) - (EXACT_PRODUCTS ? 0 : shift[k]);
+                const double g = y && !(load(y[i]) > 0) ? 0 : (double)load(dy[i]);
+                dbias[k] += g;
+                if (mask[i] || isfinite(d))
+                    dscale[k] += d * g;
+                else
+                    lost[k] += g;
+            }
+    }
+}
+
 /* ---- Elementwise sweeps ------------------------------------------------------------------------------------------ */
 
 /* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so
@@ -349,6 +369,7 @@ static void bn_gradient_sums(const struct bn_block *b, const double *shift, doub
 struct coefficients {
     acc_t centre[BN_COLUMNS + LINE], gain[BN_COLUMNS + LINE], slope[BN_COLUMNS + LINE], offset[BN_COLUMNS + LINE];
 };
+_Static_assert(sizeof(struct coefficients) <= BN_NARROW * sizeof(acc_t), "bn_coefficients.narrow has room for them");
 
 /* n >= 1 */
 static void narrow_to(acc_t *to, const double *from, size_t n) {
@@ -385,8 +406,8 @@ struct values {
 };
 
 /* n values, with coefficients k .. k + n - 1, or k for all. */
-static ALWAYS_INLINE void sweep_values(const struct coefficients *c, const struct values *v, size_t k, size_t n,
-                                       bool channel_line) {
+static ALWAYS_INLINE void sweep_values(const struct coefficients *restrict c, const struct values *v, size_t k,
+                                       size_t n, bool channel_line) {
 #pragma GCC unroll 1
 #pragma GCC ivdep
     for (size_t i = 0; i < n; i++) {
@@ -430,8 +451,8 @@ static ALWAYS_INLINE void write_line(elem_t *to, const value_t *from, size_t n) 
 static ALWAYS_INLINE elem_t *at_or_null(const elem_t *p, size_t j) { return p ? (elem_t *)p + j : NULL; }
 
 /* Elements j .. j + n - 1 of the line, with coefficients k .. k + n - 1, or k for all. */
-static ALWAYS_INLINE void sweep_run(const struct coefficients *c, const struct sweep *s, size_t j, size_t k, size_t n,
-                                    bool channel_line, elem_t *out, elem_t *dresidual) {
+static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,
+                                    size_t n, bool channel_line, elem_t *out, elem_t *dresidual) {
 #if defined(PYREG_F16)
     for (size_t i = 0; i < n; i += LINE, j += LINE) {
         const size_t left = at_most(n - i, LINE);
@@ -466,7 +487,7 @@ static ALWAYS_INLINE void sweep_run(const struct coefficients *c, const struct s
 }
 
 /* Around the cache: a whole cache line goes through a buffer. */
-static ALWAYS_INLINE void sweep_around(const struct coefficients *c, const struct sweep *s, size_t j, size_t k,
+static ALWAYS_INLINE void sweep_around(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,
                                        bool channel_line) {
     elem_t out[LINE] __attribute__((aligned(64))), dresidual[LINE] __attribute__((aligned(64)));
     sweep_run(c, s, j, k, LINE, channel_line, out, s->dresidual ? dresidual : NULL);
@@ -479,7 +500,7 @@ static ALWAYS_INLINE void sweep_around(const struct coefficients *c, const struc
 }
 
 /* n elements; coefficient l for all, or element j's is j % period. */
-static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct sweep *s, size_t n, size_t l,
+static ALWAYS_INLINE void sweep_line(const struct coefficients *restrict c, const struct sweep *s, size_t n, size_t l,
                                      size_t period, bool channel_line, bool stream) {
     size_t j = 0, k = l;
     if (stream) { /* up to the first whole line of the output */
@@ -503,8 +524,8 @@ static ALWAYS_INLINE void sweep_line(const struct coefficients *c, const struct 
     sweep_run(c, s, j, k, n - j, channel_line, s->out + j, at_or_null(s->dresidual, j));
 }
 
-static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coefficients *c, bool backward, bool relu,
-                                      bool masked, bool residual, bool channel_lines, bool stream) {
+static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coefficients *restrict c, bool backward,
+                                      bool relu, bool masked, bool residual, bool channel_lines, bool stream) {
     const ptrdiff_t stride = b->of[BN_X].stride;
     for (size_t r = 0; r < b->rows; r++)
         for (size_t l = 0; l < b->lines; l++) {
@@ -527,20 +548,20 @@ static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coe
 /* One loop for each place of the coefficients and each way to write, each compiled for the operands there are. */
 static ALWAYS_INLINE void sweep(const struct bn_block *b, const struct bn_coefficients *k, bool backward, bool relu,
                                 bool masked, bool residual) {
-    struct coefficients c;
+    struct coefficients *c = k->narrow;
     const size_t n = b->channel_lines ? b->lines : b->period;
-    narrow_to(c.centre, k->centre, n);
-    narrow_to(c.gain, k->gain, n);
-    narrow_to(c.offset, k->offset, n);
-    narrow_to(c.slope, backward ? k->slope : k->gain, n); /* forward has none */
+    narrow_to(c->centre, k->centre, n);
+    narrow_to(c->gain, k->gain, n);
+    narrow_to(c->offset, k->offset, n);
+    if (backward) narrow_to(c->slope, k->slope, n);
     if (b->channel_lines && b->stream)
-        sweep_block(b, &c, backward, relu, masked, residual, true, true);
+        sweep_block(b, c, backward, relu, masked, residual, true, true);
     else if (b->channel_lines)
-        sweep_block(b, &c, backward, relu, masked, residual, true, false);
+        sweep_block(b, c, backward, relu, masked, residual, true, false);
     else if (b->stream)
-        sweep_block(b, &c, backward, relu, masked, residual, false, true);
+        sweep_block(b, c, backward, relu, masked, residual, false, true);
     else
-        sweep_block(b, &c, backward, relu, masked, residual, false, false);
+        sweep_block(b, c, backward, relu, masked, residual, false, false);
 }
 
 /* y = gain * (x - centre) + offset [+ residual], [0 where below] */
@@ -563,6 +584,32 @@ static void bn_differentiate(const struct bn_block *b, const struct bn_coefficie
         sweep(b, k, true, true, false, true);
     else /* rare: which operands there are is found out at each element */
         sweep(b, k, true, b->relu, masked, residual);
+}
+
+/* What bn_differentiate does where there is a slope, else bn_normalise, in double: for coefficients and differences that
+ * a float does not hold. */
+static void bn_sweep_wide(const struct bn_block *b, const struct bn_coefficients *c) {
+    const double floor = b->relu ? 0 : -INFINITY;
+    for (size_t r = 0; r < b->rows; r++) {
+        const elem_t *x = row(b, BN_X, r);
+        for (size_t l = 0, i = 0; l < b->lines; l++)
+            for (size_t j = 0; j < b->length; j++, i++) {
+                const size_t k = b->channel_lines ? l : j % b->period;
+                const double d = (double)load(x[i]) - c->centre[k];
+                if (!c->slope) {
+                    double y = d * c->gain[k] + c->offset[k];
+                    if (b->of[BN_RESIDUAL].at) y += (double)load(row(b, BN_RESIDUAL, r)[i]);
+                    row(b, BN_Y, r)[i] = store((acc_t)(floor > y ? floor : y));
+                    continue;
+                }
+                const uint8_t *mask = (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride + i;
+                const bool counts = !b->relu || load(row(b, BN_Y, r)[i]) > 0;
+                const elem_t g = counts ? row(b, BN_DY, r)[i] : 0;
+                const double through_statistics = b->of[BN_MASK].at && !*mask ? 0 : c->slope[k] * d + c->offset[k];
+                if (b->of[BN_DRESIDUAL].at) row(b, BN_DRESIDUAL, r)[i] = g;
+                row(b, BN_DX, r)[i] = store((acc_t)(c->gain[k] * (double)load(g) + through_statistics));
+            }
+    }
 }
 
 #endif

@@ -58,11 +58,13 @@ struct bn_block {
     bool stream; /* write around the cache */
 };
 
-enum { BN_COLUMNS = 1024 }; /* of a block: at most */
+enum { BN_COLUMNS = 1024 };                 /* of a block: at most */
+enum { BN_NARROW = 4 * (BN_COLUMNS + 32) }; /* its coefficients in the precision of the computation: room for so many */
 
 /* dx = gain * dy + slope * (x - centre) + offset; y = gain * (x - centre) + offset. */
 struct bn_coefficients {
-    const double *centre, *gain, *slope, *offset;
+    const double *centre, *gain, *slope, *offset; /* slope: NULL for y */
+    void *narrow;                                 /* memory for the loops: BN_NARROW floats or doubles */
 };
 
 /* Loops over elements: one table an ISA and dtype.  x and y are arrays of that dtype. */
@@ -77,8 +79,11 @@ struct kernels {
     void (*bn_shifted_sums)(const struct bn_block *b, const double *shift, double *sum, double *square);
     void (*bn_masked_sums)(const struct bn_block *b, const double *shift, double *count, double *sum, double *square);
     void (*bn_gradient_sums)(const struct bn_block *b, const double *shift, double *sum, double *dbias, double *dscale);
+    void (*bn_finite_gradient_sums)(const struct bn_block *b, const double *shift, double *dbias, double *dscale,
+                                    double *lost);
     void (*bn_normalise)(const struct bn_block *b, const struct bn_coefficients *coefficients);
     void (*bn_differentiate)(const struct bn_block *b, const struct bn_coefficients *coefficients);
+    void (*bn_sweep_wide)(const struct bn_block *b, const struct bn_coefficients *coefficients);
 };
 
 #endif
