@@ -116,6 +116,10 @@ struct dim {
     int64_t length, x, y, mask; /* strides: of x and y in bytes, of the mask in elements */
 };
 
+/* Dims that make up a row: one of a run, and as many of two elements and more as make a group of bits. */
+enum { MAX_INNER = 10 };
+_Static_assert(1 << (MAX_INNER - 1) >= MASK_GROUP, "a row has room for the dims of a group");
+
 struct dropout {
     enum { DRAW, KEEP_ALL, DROP_ALL } what;
     const struct kernels *kernels;
@@ -127,9 +131,10 @@ struct dropout {
     char *y;
     size_t size; /* of an element, in bytes */
     struct dim row, outer[PYREG_MAX_DIMS];
-    size_t run; /* element j of a row has the mask bit j / run * row.mask + j % run * run_mask */
+    struct dim inner[MAX_INNER]; /* a row is the row dim, or these, innermost first, which together have no stride */
+    size_t run;                  /* element j of a row has the mask bit j / run * row.mask + j % run * run_mask */
     int64_t run_mask;
-    int num_outer;
+    int num_outer, num_inner;
     size_t rows, part, rows_per_chunk, chunks_per_part; /* a chunk is some rows of one part of the row dim */
     size_t tile;                                        /* elements whose bits are made before they are applied */
     bool contiguous, large;                             /* large: past the cache */
@@ -157,6 +162,10 @@ static void count_trial(bool streaming, uint64_t ns) {
 }
 
 static void copy_strided(size_t size, size_t n, const char *from, int64_t from_stride, char *to, int64_t to_stride) {
+    if (from_stride == (int64_t)size && to_stride == (int64_t)size) {
+        memcpy(to, from, n * size);
+        return;
+    }
     switch (size) {
     case 2:
         for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 2);
@@ -167,6 +176,49 @@ static void copy_strided(size_t size, size_t n, const char *from, int64_t from_s
     default:
         for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 8);
         break;
+    }
+}
+
+/* Between a strided row and a tile of neighbours. */
+static void copy_part(size_t size, size_t n, char *row, int64_t stride, char *tile, int64_t tile_stride, bool in) {
+    if (in)
+        copy_strided(size, n, row, stride, tile, tile_stride);
+    else
+        copy_strided(size, n, tile, tile_stride, row, stride);
+}
+
+/* Copies elements j .. j + n - 1 of a row of x into a tile, or of y out of it. */
+static void copy_elements(const struct dropout *op, char *row, size_t j, size_t n, char *tile, bool in) {
+    size_t at[MAX_INNER], length[MAX_INNER];
+    int64_t stride[MAX_INNER];
+    for (int d = 0; d < op->num_inner; d++) {
+        length[d] = (size_t)op->inner[d].length;
+        stride[d] = in ? op->inner[d].x : op->inner[d].y;
+        at[d] = d + 1 < op->num_inner ? j % length[d] : j;
+        j /= length[d];
+        row += (int64_t)at[d] * stride[d];
+    }
+    for (size_t done; n; n -= done, tile += done * op->size) {
+        int d = 0;                                                          /* the dim in which we go on */
+        if (op->num_inner > 1 && at[0] == 0 && n / length[0] > length[0]) { /* the longer loop inside */
+            const size_t rows = at_most(n / length[0], length[1] - at[1]);
+            for (size_t k = 0; k < length[0]; k++)
+                copy_part(op->size, rows, row + (int64_t)k * stride[0], stride[1], tile + k * op->size,
+                          (int64_t)(length[0] * op->size), in);
+            done = rows * length[0];
+            at[d = 1] += rows;
+            row += (int64_t)rows * stride[1];
+        } else {
+            done = at_most(n, length[0] - at[0]);
+            copy_part(op->size, done, row, stride[0], tile, (int64_t)op->size, in);
+            at[0] += done;
+            row += (int64_t)done * stride[0];
+        }
+        for (; d + 1 < op->num_inner && at[d] == length[d]; d++) {
+            row += stride[d + 1] - (int64_t)length[d] * stride[d];
+            at[d] = 0;
+            at[d + 1]++;
+        }
     }
 }
 
@@ -209,17 +261,12 @@ static void gather_bits(const struct dropout *op, struct window *w, uint64_t ind
     repeat_bits(own, n, keep);
 }
 
-/* n <= MASK_TILE elements, from j on, of a row whose mask bits start at `index`. */
+/* n <= MASK_TILE elements, from j on, of rows x and y whose mask bits start at `index`. */
 static void dropout_tile(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t j,
-                         size_t n, bool stream) {
-    char tile[MASK_TILE * sizeof(double)] __attribute__((aligned(64)));
-    const int64_t size = (int64_t)op->size;
-    const char *in = x;
-    char *out = y;
-    if (!op->contiguous) {
-        copy_strided(op->size, n, x, op->row.x, tile, size);
-        in = out = tile;
-    }
+                         size_t n, bool stream, char *tile) {
+    const char *in = op->contiguous ? x + j * op->size : tile;
+    char *out = op->contiguous ? y + j * op->size : tile;
+    if (!op->contiguous && op->what != DROP_ALL) copy_elements(op, (char *)(uintptr_t)x, j, n, tile, true);
     if (op->what == KEEP_ALL) {
         if (out != in) memcpy(out, in, n * op->size);
     } else if (op->what == DROP_ALL) {
@@ -232,14 +279,13 @@ static void dropout_tile(const struct dropout *op, struct window *w, const char 
         gather_bits(op, w, index, j, n, keep);
         op->kernels->dropout(in, out, n, keep, 0, op->scale, stream);
     }
-    if (!op->contiguous) copy_strided(op->size, n, tile, size, y, op->row.y);
+    if (!op->contiguous) copy_elements(op, y, j, n, tile, false);
 }
 
 static void dropout_chunk(void *work, size_t chunk, void *scratch) {
-    (void)scratch;
     const struct dropout *op = work;
     struct window w;
-    w.bits = 0;
+    w.first = w.bits = 0;
     const bool stream = op->large && choose_streaming(chunk);
     const uint64_t start = op->large ? clock_ns() : 0;
     const size_t from = chunk / op->chunks_per_part * op->part, length = (size_t)op->row.length;
@@ -247,22 +293,22 @@ static void dropout_chunk(void *work, size_t chunk, void *scratch) {
     size_t r = chunk % op->chunks_per_part * op->rows_per_chunk;
     const size_t end = at_most(r + op->rows_per_chunk, op->rows);
     for (; r < end; r++) {
-        const char *x = op->x + (int64_t)from * op->row.x;
-        char *y = op->y + (int64_t)from * op->row.y;
+        const char *x = op->x;
+        char *y = op->y;
         uint64_t index = op->offset;
         size_t rest = r;
         for (int d = op->num_outer - 1; d >= 0; d--) {
             const struct dim *dim = &op->outer[d];
             int64_t j = (int64_t)(rest % (size_t)dim->length);
             rest /= (size_t)dim->length;
-            x += j * dim->x, y += j * dim->y, index += (uint64_t)(j * dim->mask);
+            x += j * dim->x, y += j * dim->y, index += (uint64_t)j * (uint64_t)dim->mask;
         }
         for (size_t j = from, n; j < to; j += n) {
             n = at_most(op->tile, to - j);
-            size_t over = (uintptr_t)y % 64; /* long rows go on from a cache line: full speed, and streaming needs it */
-            if (over && op->contiguous && to - j > MASK_TILE) n = (64 - over) / op->size;
-            dropout_tile(op, &w, x, y, index, j, n, stream && !over);
-            x += (int64_t)n * op->row.x, y += (int64_t)n * op->row.y;
+            size_t over = 0; /* long rows go on from a cache line: full speed, and streaming needs it */
+            if (op->contiguous) over = ((uintptr_t)y + j * op->size) % 64;
+            if (over && to - j > MASK_TILE) n = (64 - over) / op->size;
+            dropout_tile(op, &w, x, y, index, j, n, stream && !over, scratch);
         }
     }
     if (stream) op->kernels->stream_end();
@@ -277,6 +323,10 @@ static bool better_row(struct dim a, struct dim b) {
     bool a_neighbours = a.mask == 1 || a.mask == 0, b_neighbours = b.mask == 1 || b.mask == 0;
     return a_neighbours != b_neighbours ? a_neighbours : distance(a) <= distance(b);
 }
+
+/* Rows shorter than SHORT_ROW take longer than copies of several dims.  Those go TILE_OF_DIMS elements at a time: few
+ * enough to keep their cache lines for the next row, and many for the groups of bits that they use in part only. */
+enum { SHORT_ROW = 32, TILE_OF_DIMS = 2 * MASK_GROUP };
 
 /* Short rows (whose bits are neighbours or one) that follow each other in x and y become the runs of a long one. */
 static int join_short_rows(struct dropout *op, int n, struct dim *dims, int row) {
@@ -293,6 +343,70 @@ static int join_short_rows(struct dropout *op, int n, struct dim *dims, int row)
         return d;
     }
     return row;
+}
+
+/* Insertion sort by memory stride, largest first, stable. */
+static void add_outer(struct dropout *op, struct dim dim) {
+    if (dim.length == 1) return;
+    int at = op->num_outer++;
+    for (; at > 0 && distance(op->outer[at - 1]) < distance(dim); at--) op->outer[at] = op->outer[at - 1];
+    op->outer[at] = dim;
+    op->rows *= (size_t)dim.length;
+}
+
+/* Do the rows, in their order, use a group of bits up before they need the next one, and is none very short? */
+static bool order_is_good(const struct dropout *op) {
+    const int64_t run = (int64_t)op->run, length = op->row.length, step = magnitude(op->row.mask);
+    if (op->num_outer == 0 && step <= 1) return true;
+    if (length < SHORT_ROW || step > 1) return false;
+    int64_t bits = step ? length / run : op->run_mask ? run : 1; /* of the rows so far, which follow each other */
+    int64_t served = length;                                     /* elements that they are for */
+    for (int d = op->num_outer - 1; d >= 0 && served < MASK_GROUP; d--) {
+        if (op->outer[d].mask != 0) {
+            if (op->outer[d].mask != bits) return false;
+            bits *= op->outer[d].length;
+        }
+        served *= op->outer[d].length;
+    }
+    return true;
+}
+
+/* Another row: all dims whose bits follow each other, until they are a group, and inside of them the one of neighbouring
+ * elements that share a bit, if there is one. */
+static void plan_long_rows(struct dropout *op, struct dim *dims) {
+    const int64_t run = (int64_t)op->run, size = (int64_t)op->size;
+    int n = op->num_outer;
+    memcpy(dims, op->outer, (size_t)n * sizeof *dims);
+    if (run > 1) dims[n++] = (struct dim){run, op->row.x, op->row.y, op->run_mask};
+    dims[n++] = (struct dim){op->row.length / run, op->row.x * run, op->row.y * run, op->row.mask};
+
+    struct dim *inner = op->inner;
+    int64_t shared = 1, bits = 1;
+    int num = 0;
+    for (int d = 0; d < n && shared == 1; d++)
+        if (dims[d].mask == 0 && dims[d].x == size && dims[d].y == size) {
+            shared = dims[d].length;
+            inner[num++] = dims[d];
+            dims[d].length = 1;
+        }
+    for (int d = 0; d < n && bits < MASK_GROUP; d++) {
+        if (dims[d].length == 1 || dims[d].mask != bits) continue;
+        bits *= dims[d].length;
+        inner[num++] = dims[d];
+        dims[d].length = 1;
+        d = -1; /* the next one may be anywhere */
+    }
+    if (bits < MASK_GROUP && num < 2) { /* there is none that is longer */
+        inner[0] = op->row;
+        return;
+    }
+    op->num_inner = num;
+    op->row = (struct dim){shared * bits, inner[0].x, inner[0].y, 1};
+    op->run = (size_t)shared;
+    op->run_mask = 0;
+    op->num_outer = 0;
+    op->rows = 1;
+    for (int d = 0; d < n; d++) add_outer(op, dims[d]);
 }
 
 /* Fewest and longest rows: dims of length 1 go, neighbours that are one dim in x, y and mask are merged; the row is the
@@ -313,17 +427,14 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims, bool fast)
     for (int d = 1; d < n; d++)
         if (better_row(dims[d], dims[row])) row = d;
     row = join_short_rows(op, n, dims, row);
-    op->row = dims[row];
+    op->row = op->inner[0] = dims[row];
+    op->num_inner = 1;
     op->num_outer = 0;
     op->rows = 1;
-    for (int d = 0; d < n; d++) {
-        if (d == row || dims[d].length == 1) continue;
-        int at = op->num_outer++; /* insertion sort by memory stride, largest first, stable */
-        for (; at > 0 && distance(op->outer[at - 1]) < distance(dims[d]); at--) op->outer[at] = op->outer[at - 1];
-        op->outer[at] = dims[d];
-        op->rows *= (size_t)dims[d].length;
-    }
-    op->contiguous = op->row.x == size && op->row.y == size;
+    for (int d = 0; d < n; d++)
+        if (d != row) add_outer(op, dims[d]);
+    if (op->what == DRAW && !order_is_good(op)) plan_long_rows(op, dims);
+    op->contiguous = op->num_inner == 1 && op->row.x == size && op->row.y == size;
     /* Rows that share their bits take turns: each tile of bits is made once for all rows of a chunk. */
     const bool neighbours = op->run == 1 && op->row.mask == 1;
     const bool same_bits = neighbours && op->num_outer && op->outer[op->num_outer - 1].mask == 0;
@@ -331,6 +442,7 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims, bool fast)
     op->tile = neighbours && !same_bits && !fast ? MASK_GROUP : MASK_TILE;
     op->part = same_bits ? MASK_TILE : CHUNK;
     if (!op->contiguous) op->part = MASK_GROUP; /* a column of cache lines is used up before the next */
+    if (op->num_inner > 1) op->part = op->tile = TILE_OF_DIMS;
     if ((int64_t)op->part > op->row.length) op->part = (size_t)op->row.length;
     op->rows_per_chunk = CHUNK / op->part;
     op->chunks_per_part = (op->rows + op->rows_per_chunk - 1) / op->rows_per_chunk;
@@ -372,7 +484,8 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     const struct phase phase = {
         (size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
     const double ns = fast ? 0.2 : 1.0; /* an element, roughly: `./run bench roofline`, column core */
-    return parallel_run(&phase, 1, &op, 0, ns * (double)count + 0.05 * (double)bytes);
+    return parallel_run(&phase, 1, &op, op.contiguous ? 0 : op.part * op.size,
+                        ns * (double)count + 0.05 * (double)bytes);
 }
 
 /* ---- The mask alone ---------------------------------------------------------------------------------------------- */
@@ -390,7 +503,7 @@ static void mask_chunk(void *work, size_t chunk, void *scratch) {
     (void)scratch;
     const struct mask_op *op = work;
     struct window w;
-    w.bits = 0;
+    w.first = w.bits = 0;
     size_t j = chunk * CHUNK, end = at_most(j + CHUNK, op->n);
     for (size_t n; j < end; j += n) {
         n = at_most(end - j, MASK_TILE);
