@@ -5,6 +5,7 @@ import sys
 from typing import Any, Literal
 
 from pyreg import _core
+from pyreg._ops import _shown
 from pyreg._version import __version__
 
 __all__ = ["show_config"]
@@ -17,9 +18,24 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     ----------
     mode : {"stdout", "dicts"}
         Print it, or return it as a dict.
+
+    Returns
+    -------
+    dict or None
+
+    Raises
+    ------
+    ValueError
+        If ``mode`` is neither.
+
+    Examples
+    --------
+    >>> import pyreg
+    >>> pyreg.show_config("dicts")["version"] == pyreg.__version__
+    True
     """
-    if mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode is {mode!r}; wanted 'stdout' or 'dicts'")
+    if not isinstance(mode, str) or mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode is {_shown(mode)}; wanted 'stdout' or 'dicts'")
     used = sys.modules.get("pyreg.jax._backend")  # only who uses JAX has it
     built = f"{'built' if _core.ffi_handlers() else 'not built'} with FFI"
     config = {"version": __version__, **_core.config(), "jax": used.describe() if used else built}

@@ -112,6 +112,7 @@ cdef extern from "ffi.h" nogil:
 
 F32, F64, F16, BF16 = PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16
 PHILOX, THREEFRY, THREEFRY_X64 = PYREG_PHILOX, PYREG_THREEFRY, PYREG_THREEFRY_X64
+MAX_DIMS = PYREG_MAX_DIMS
 
 
 cdef int check(pyreg_status status) except -1:
@@ -175,7 +176,7 @@ def dtype_code(x):
     return PYREG_BF16 if num == bfloat16_num else -1
 
 
-def empty_like(cnp.ndarray x):
+def empty_like(cnp.ndarray x not None):
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
@@ -198,27 +199,79 @@ cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
     return low, high
 
 
-cdef bint partly_overlap(cnp.ndarray x, cnp.ndarray y):
-    """Whether writing y may spoil elements of x that are still to be read; same shapes."""
-    cdef size_t x_low, x_high, y_low, y_high
-    cdef int d
-    if cnp.PyArray_DATA(x) == cnp.PyArray_DATA(y):
-        for d in range(x.ndim):
-            if cnp.PyArray_STRIDE(x, d) != cnp.PyArray_STRIDE(y, d):
-                break
-        else:
-            return False  # in place
-    if cnp.PyArray_SIZE(x) == 0:
+cdef bint overlap(cnp.ndarray x, cnp.ndarray y) noexcept:
+    """Whether x and y may share memory; false is certain."""
+    if cnp.PyArray_SIZE(x) == 0 or cnp.PyArray_SIZE(y) == 0:
         return False
+    cdef size_t x_low, x_high, y_low, y_high
     x_low, x_high = bounds(x)
     y_low, y_high = bounds(y)
     return x_low < y_high and y_low < x_high
 
 
+cdef bint in_place(cnp.ndarray x, cnp.ndarray y) noexcept:
+    """Whether x and y, of the same shape and dtype, are the same memory, element by element."""
+    cdef int d
+    if cnp.PyArray_DATA(x) != cnp.PyArray_DATA(y):
+        return False
+    for d in range(x.ndim):
+        if cnp.PyArray_STRIDE(x, d) != cnp.PyArray_STRIDE(y, d):
+            return False
+    return True
+
+
+cdef bint elements_apart(cnp.ndarray x) noexcept:
+    """Whether each step of x is longer than what the dims of shorter steps take: then no two elements share memory."""
+    if cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x) or cnp.PyArray_SIZE(x) == 0:
+        return True
+    cdef cnp.npy_intp[PYREG_MAX_DIMS] steps, reaches
+    cdef cnp.npy_intp step, reach, taken
+    cdef int d, k, n = 0
+    for d in range(x.ndim):  # by ascending step
+        if cnp.PyArray_DIM(x, d) == 1:
+            continue
+        step = cnp.PyArray_STRIDE(x, d)
+        step = -step if step < 0 else step
+        reach = (cnp.PyArray_DIM(x, d) - 1) * step
+        k = n
+        while k > 0 and steps[k - 1] > step:
+            steps[k], reaches[k] = steps[k - 1], reaches[k - 1]
+            k -= 1
+        steps[k], reaches[k] = step, reach
+        n += 1
+    taken = cnp.PyArray_ITEMSIZE(x)  # bytes from the first of the dims so far to their end
+    for k in range(n):
+        if steps[k] < taken:
+            return False
+        taken += reaches[k]
+    return True
+
+
+def apart(cnp.ndarray x not None):
+    """Whether no two elements of x share memory; may be false where dims interleave."""
+    return elements_apart(x)
+
+
+def can_write(out, cnp.ndarray x not None, tuple inputs not None, tuple values=()):
+    """Whether out is an array like x that can be written as it is, without spoiling what is still to be read.
+
+    inputs: arrays like x, one of which out may be; values: others; None among them does not count.
+    """
+    if not cnp.PyArray_CheckExact(out) or not fits(out, x) or not elements_apart(out):
+        return False
+    for a in inputs:
+        if a is not None and a is not out and overlap(a, out) and not in_place(a, out):
+            return False
+    for a in values:
+        if a is not None and overlap(a, out):
+            return False
+    return True
+
+
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
 
-def dropout(int dtype, cnp.ndarray x, cnp.ndarray y, int generator, uint64_t key, double rate, uint64_t offset,
-            bint scaled, mask_strides):
+def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int generator, uint64_t key, double rate,
+            uint64_t offset, bint scaled, mask_strides):
     """y = dropout(x).  mask_strides: a tuple of x.ndim ints, or None for C order."""
     cdef pyreg_mask mask = make_mask(generator, key, rate, offset)
     cdef int64_t[PYREG_MAX_DIMS] strides
@@ -238,7 +291,8 @@ def dropout(int dtype, cnp.ndarray x, cnp.ndarray y, int generator, uint64_t key
     check(status)
 
 
-def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t key, double rate, uint64_t offset):
+def dropout_mask(size_t n, cnp.ndarray out not None, bint packed, int generator, uint64_t key, double rate,
+                 uint64_t offset):
     """Fills out, a contiguous array of n bytes or (n + 7) // 8 if packed."""
     cdef pyreg_mask mask = make_mask(generator, key, rate, offset)
     cdef pyreg_status status
@@ -250,22 +304,12 @@ def dropout_mask(size_t n, cnp.ndarray out, bint packed, int generator, uint64_t
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
-def can_write(out, cnp.ndarray x, tuple inputs):
-    """Whether out is an array like x that can be written as it is, without spoiling an input (arrays like x, or None)."""
-    if not isinstance(out, cnp.ndarray) or not fits(out, x):
-        return False
-    for a in inputs:
-        if a is not None and a is not out and partly_overlap(a, out):
-            return False
-    return True
+cdef void *data(array) except? NULL:
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray?>array)
 
 
-cdef void *data(array) noexcept:
-    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
-
-
-cdef const int64_t *strides(array) noexcept:
-    return NULL if array is None else <const int64_t *>cnp.PyArray_STRIDES(<cnp.ndarray>array)
+cdef const int64_t *strides(array) except? NULL:
+    return NULL if array is None else <const int64_t *>cnp.PyArray_STRIDES(<cnp.ndarray?>array)
 
 
 cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias):
@@ -288,22 +332,22 @@ cdef cnp.ndarray statistics_like(int dtype, cnp.npy_intp channels):
 
 def is_statistic(array, int dtype, cnp.npy_intp channels):
     """Whether array can be read as a value a channel for data of this dtype."""
-    if not cnp.PyArray_Check(array):
+    if not cnp.PyArray_CheckExact(array):
         return False
     cdef cnp.ndarray a = array
     return (cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == channels and cnp.PyArray_ISCARRAY_RO(a)
             and cnp.PyArray_TYPE(a) == (cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT))
 
 
-def is_like(array, cnp.ndarray x):
+def is_like(array, cnp.ndarray x not None):
     """Whether array can be read as it is, as one of the shape and dtype of x."""
     return (cnp.PyArray_CheckExact(array) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>array, x)
             and cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.PyArray_TYPE(x)
             and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>array))
 
 
-def batch_norm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias, mask, residual,
-               cnp.ndarray y):
+def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, scale, bias, mask, residual,
+               cnp.ndarray y not None):
     """y = batch_norm(x); returns its mean and var.  scale, bias, mask, residual: or None."""
     cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
@@ -323,8 +367,8 @@ def batch_norm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, sc
     return mean, var
 
 
-def batch_norm_inference(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias, residual,
-                         cnp.ndarray mean, cnp.ndarray var, cnp.ndarray y):
+def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, scale, bias, residual,
+                         cnp.ndarray mean not None, cnp.ndarray var not None, cnp.ndarray y not None):
     """y = batch_norm_inference(x)."""
     cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
     cdef void *residual_data = data(residual)
@@ -339,8 +383,9 @@ def batch_norm_inference(int dtype, cnp.ndarray x, int axis, double epsilon, bin
     check(status)
 
 
-def batch_norm_backward(int dtype, cnp.ndarray dy, cnp.ndarray x, int axis, double epsilon, bint relu, scale, mask, y,
-                        cnp.ndarray mean, cnp.ndarray var, cnp.ndarray dx, dresidual, dmean=None, dvar=None):
+def batch_norm_backward(int dtype, cnp.ndarray dy not None, cnp.ndarray x not None, int axis, double epsilon, bint relu,
+                        scale, mask, y, cnp.ndarray mean not None, cnp.ndarray var not None, cnp.ndarray dx not None,
+                        dresidual, dmean=None, dvar=None):
     """dx and dresidual (or None) = batch_norm_backward(dy, x); returns dscale and dbias.  y: None without relu."""
     cdef cnp.ndarray dscale = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray dbias = statistics_like(dtype, cnp.PyArray_DIM(x, axis))

@@ -4,7 +4,8 @@ import contextlib
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from numbers import Number
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,55 @@ _IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _c
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
+def _kind(value: Any) -> str:
+    """What an argument is, for a TypeError."""
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _shown(value: Any) -> str:
+    """An argument as text, for a ValueError."""
+    try:
+        text = str(value) if isinstance(value, Number) else repr(value)
+    except Exception:  # of its own, or an int of more digits than Python prints
+        text = object.__repr__(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _number(value: Any, name: str, wanted: str) -> float:
+    """value as a float; arrays without dims count as numbers, bools and strings do not."""
+    try:
+        if getattr(value, "ndim", None) == 0 and not isinstance(value, np.ma.MaskedArray):
+            value = value.item()
+        if isinstance(value, (bool, str, bytes, bytearray, np.ndarray)):
+            raise TypeError
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {_shown(value)}; wanted {wanted}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {_kind(value)}; wanted {wanted}") from None
+
+
+def _integer(value: Any, name: str, wanted: str = "an int") -> int:
+    """value as an int; arrays without dims count as numbers, bools do not."""
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, (bool, np.ma.MaskedArray)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {_kind(value)}; wanted {wanted}") from None
+
+
+def _flag(value: Any, name: str) -> bool:
+    """value as a bool; 0 and 1 count as one."""
+    if value is True or value is False:
+        return value
+    if isinstance(value, (int, np.bool_)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name} is {_kind(value)}; wanted True or False")
+
+
 def _is_supported(x: Any) -> bool:
     return x.dtype.name in ("float32", "float64", "float16", "bfloat16")
 
@@ -45,11 +95,46 @@ def _check_dtype(x: Any, name: str = "x") -> None:
         raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
 
 
+def _error_like(error: Exception) -> type[Exception]:
+    return TypeError if isinstance(error, TypeError) else ValueError
+
+
+def _is_masked(value: Any) -> bool:
+    """Whether value is a masked array, or a list with one in it."""
+    if not isinstance(value, (list, tuple)):
+        return isinstance(value, np.ma.MaskedArray)
+    kinds = set(map(type, value))  # few, so that a long list of numbers is soon seen through
+    return any(issubclass(kind, (list, tuple, np.ma.MaskedArray)) for kind in kinds) and any(map(_is_masked, value))
+
+
+def _as_array(value: Any, name: str, wanted: str = "an array") -> Array:
+    """value as NumPy reads it."""
+    if type(value) is np.ndarray:
+        return value
+    if value is None:
+        raise TypeError(f"{name} is None; wanted {wanted}")
+    try:
+        masked = _is_masked(value)
+        if not masked:
+            only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
+            return np.from_dlpack(value) if only_dlpack else np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:  # a ragged list, a tensor with a gradient or on a GPU, ...
+        raise _error_like(error)(
+            f"{name} is {_kind(value)}, of which NumPy makes no array ({error}); wanted {wanted}"
+        ) from error
+    raise TypeError(
+        f"{name} is a masked array, or has one in it; wanted a plain one: {name}.filled(value), "
+        f"and for batch-norm mask=~numpy.ma.getmaskarray({name})"
+    )
+
+
 def _as_input(x: Any, name: str = "x") -> tuple[Array, int]:
     """x as an aligned array in native byte order, and the code of its dtype."""
     code = _core.dtype_code(x)
     if code < 0:
-        x = np.asarray(x)
+        x = _as_array(x, name)
         _check_dtype(x, name)
         if x.dtype.name == "bfloat16":  # of ml_dtypes, known by name: pyreg does not depend on it
             _core.set_bfloat16(x.dtype)
@@ -59,8 +144,22 @@ def _as_input(x: Any, name: str = "x") -> tuple[Array, int]:
     return x, code
 
 
+def _overlaps_itself(x: Array) -> bool:
+    """Whether two elements of x share memory."""
+    if _core.apart(x):
+        return False
+    reaches = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
+    extent = sum(map(abs, reaches)) + x.itemsize
+    if x.nbytes > extent:
+        return True
+    marks = np.zeros(extent, np.bool_)  # of each byte, whether an element has it
+    start = -sum(min(reach, 0) for reach in reaches)
+    np.ndarray((*x.shape, x.itemsize), np.bool_, marks, start, (*x.strides, 1))[...] = True
+    return int(np.count_nonzero(marks)) < x.nbytes
+
+
 def _check_out(out: Any, x: Array, name: str = "x") -> None:
-    if not isinstance(out, np.ndarray):
+    if not isinstance(out, np.ndarray) or _is_masked(out):
         raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
     if out.shape != x.shape or out.dtype.newbyteorder("=") != x.dtype:
         raise ValueError(
@@ -68,17 +167,28 @@ def _check_out(out: Any, x: Array, name: str = "x") -> None:
         )
     if not out.flags.writeable:
         raise ValueError("out is read-only; wanted a writable array")
+    if _overlaps_itself(out):
+        raise ValueError(
+            f"out has shape {out.shape} and strides {out.strides}, elements that share memory; wanted each in its place"
+        )
 
 
-def _prepare_out(out: Array | None, x: Any, inputs: tuple[Any, ...], name: str = "x") -> Array:
-    """Where to write: out, or another array like x for :func:`_deliver` to copy from."""
+def _prepare_out(
+    out: Array | None, x: Any, inputs: tuple[Any, ...], values: tuple[Any, ...] = (), name: str = "x"
+) -> Array:
+    """Where to write: out, or another array like x for :func:`_deliver` to copy from.
+
+    inputs and values: what must not be spoiled; out may be one of the inputs, which are arrays like x.
+    """
     if out is None:
         return _core.empty_like(x)
-    if _core.can_write(out, x, inputs):
+    if _core.can_write(out, x, inputs, values):
         return out
     _check_out(out, x, name)
-    # out is not aligned, in foreign byte order, or overlaps an input.  That is not copied instead, because batch-norm's
-    # order of additions follows from its strides.
+    if type(out) is not np.ndarray and _core.can_write(out.view(np.ndarray), x, inputs, values):
+        return out
+    # out is not aligned, in foreign byte order, interleaved, or overlaps an input.  That is not copied instead, because
+    # batch-norm's order of additions follows from its strides.
     return _core.empty_like(x)
 
 
@@ -91,57 +201,78 @@ def _deliver(y: Array, out: Array | None) -> Array:
 
 
 def _check_rate(rate: float) -> float:
-    if not 0.0 <= rate <= 1.0:  # also refuses NaN
-        raise ValueError(f"rate is {rate}; wanted a probability of dropping in [0, 1]")
-    return float(rate)
+    wanted = "a probability of dropping in [0, 1]"
+    number = rate if type(rate) is float else _number(rate, "rate", wanted)
+    if not 0.0 <= number <= 1.0:  # also refuses NaN
+        raise ValueError(f"rate is {_shown(rate)}; wanted {wanted}")
+    return number
 
 
 def _check_key(key: Any) -> int:
     """key as an int in [0, 2**64)."""
     if type(key) is not int:
-        words = np.asarray(key)
-        if words.dtype == np.uint32 and words.shape == (2,):
+        wanted = "an int in [0, 2**64) or a uint32 array of shape (2,)"
+        words = _as_array(key, "key", wanted)
+        if words.dtype.kind == "u" and words.itemsize == 4 and words.shape == (2,):
             return int(words[0]) << 32 | int(words[1])
         try:
-            key = operator.index(key)
+            key = _integer(key, "key")
         except TypeError:
             raise TypeError(
-                f"key is {type(key).__name__} of dtype {words.dtype} and shape {words.shape}; "
-                "wanted an int in [0, 2**64) or a uint32 array of shape (2,)"
+                f"key is {type(key).__name__} of dtype {words.dtype} and shape {words.shape}; wanted {wanted}"
             ) from None
     if not 0 <= key < 1 << 64:
-        raise ValueError(f"key is {key}; wanted an int in [0, 2**64)")
+        raise ValueError(f"key is {_shown(key)}; wanted an int in [0, 2**64)")
     return int(key)
+
+
+def _generator(rng: Any) -> np.random.Generator:
+    if type(rng) is np.random.Generator:
+        return rng
+    try:
+        return np.random.default_rng(rng)
+    except Exception as error:
+        raise _error_like(error)(f"rng is {_shown(rng)}; wanted an int or a numpy.random.Generator") from error
 
 
 def fresh_key(rng: int | np.random.Generator | None = None) -> int:
     """A key from ``rng`` (int seed or Generator), or from the operating system."""
     if rng is None:
         return int.from_bytes(os.urandom(8), "little")
-    return int(np.random.default_rng(rng).integers(1 << 64, dtype=np.uint64))
+    return int(_generator(rng).integers(1 << 64, dtype=np.uint64))
 
 
 def _check_impl(impl: str) -> int:
     if isinstance(impl, str) and impl in _IMPLS:
         return _IMPLS[impl]
-    raise ValueError(f"impl is {impl!r}; wanted one of {', '.join(map(repr, _IMPLS))}")
+    raise ValueError(f"impl is {_shown(impl)}; wanted one of {', '.join(map(repr, _IMPLS))}")
+
+
+def _integers(value: Any, name: str) -> tuple[int, ...]:
+    """value, an int or a sequence of ints, as a tuple."""
+    if type(value) is tuple:
+        many = True
+    else:
+        many = isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray))
+    if many or getattr(value, "ndim", 0) == 1:
+        return tuple([_integer(n, f"an element of {name}") for n in value])
+    return (_integer(value, name, "an int or a sequence of ints"),)
 
 
 def _mask_shape(shape: tuple[int, ...], broadcast_dims: Dims) -> tuple[int, ...]:
-    """shape with 1 in each broadcast dim."""
-    dims = (broadcast_dims,) if isinstance(broadcast_dims, int) else tuple(broadcast_dims)
+    """shape with 1 in each broadcast dim; one that is named twice is broadcast once, as in Flax."""
     lengths = list(shape)
-    for dim in dims:
-        if not -len(shape) <= operator.index(dim) < len(shape):
-            raise ValueError(f"broadcast_dims has {dim}; wanted dims of an array with {len(shape)} dims")
+    for dim in _integers(broadcast_dims, "broadcast_dims"):
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"broadcast_dims has {_shown(dim)}; wanted dims of an array with {len(shape)} dims")
         lengths[dim] = 1
     return tuple(lengths)
 
 
 def _check_offset(offset: int, size: int) -> int:
-    offset = operator.index(offset)
+    offset = _integer(offset, "offset")
     if not 0 <= offset <= (1 << 64) - size:
-        raise ValueError(f"offset is {offset}; wanted an int in [0, 2**64 - {size}]")
+        raise ValueError(f"offset is {_shown(offset)}; wanted an int in [0, 2**64 - {size}]")
     return offset
 
 
@@ -157,6 +288,9 @@ def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
 
 
+LONG = 1 << 20  # elements; shorter calls end before they ask for signals
+
+
 def _apply(
     x: ArrayLike,
     rate: float,
@@ -168,25 +302,38 @@ def _apply(
     out: Array | None,
     scaled: bool = True,
     name: str = "x",
-) -> Array:
+    always_draw: bool = False,
+) -> tuple[Array, int]:
+    """The result, and the key; without one it is drawn, after everything is checked, where rate (or always) asks."""
     x, code = _as_input(x, name)
     rate = _check_rate(rate)
     generator = _check_impl(impl)
     strides = None
-    if broadcast_dims != ():
+    if type(broadcast_dims) is not tuple or broadcast_dims:
         strides = _mask_strides(x.shape, _mask_shape(x.shape, broadcast_dims))
-    if offset != 0:
+    if type(offset) is not int or offset != 0:
         offset = _check_offset(offset, x.size)
-    if key is None:
-        key = fresh_key(rng) if 0.0 < rate < 1.0 else 0
-    else:
+    if key is not None:
         if rng is not None:
             raise TypeError("both key and rng are given; wanted one of them")
         key = _check_key(key)
 
-    y = _prepare_out(out, x, (x,), name)
-    _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
-    return _deliver(y, out)
+    y = _prepare_out(out, x, (x,), name=name)
+    source: Any = None
+    if key is None and (always_draw or 0.0 < rate < 1.0):
+        if x.size >= LONG and isinstance(rng, np.random.Generator):
+            source = rng.bit_generator
+            state = source.state
+        key = fresh_key(rng)
+    elif key is None:
+        key = 0
+    try:
+        _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
+    except BaseException:
+        if source is not None:
+            source.state = state  # as if no key had been drawn
+        raise
+    return _deliver(y, out), key
 
 
 def dropout(
@@ -215,28 +362,30 @@ def dropout(
     key : int or array of uint32, shape (2,), optional
         An int in [0, 2**64), or the two words ``[high, low]`` as ``jax.random.key_data`` gives them.
     rng : int or numpy.random.Generator, optional
-        Where a fresh key is drawn from.  Without ``key`` and ``rng`` the operating system gives one.
+        Where a fresh key is drawn from, unless the call raises.  Without ``key`` and ``rng`` the operating system gives
+        one.
     deterministic : bool
         If true, return a copy of ``x``.
     broadcast_dims : int or sequence of int
-        Dims along which the mask is shared; negative ones count from the end.
+        Dims along which the mask is shared; negative ones count from the end.  One that is named twice counts once.
     impl : {"philox", "threefry", "threefry_x64"}
         Generator of the mask.  ``"philox"`` is the fast one.  ``"threefry"`` gives the mask of ``jax.random.bernoulli``
         and so of Flax's Dropout for the same key, ``"threefry_x64"`` the one they give with ``jax_enable_x64``.
     offset : int
         Index of the first element: a part of a larger array can be processed alone with the mask of the whole.
     out : ndarray, optional
-        Where to write the result; may be ``x`` itself.
+        Where to write the result; may be ``x`` itself, or overlap it.  Its elements may not share memory.
 
     Returns
     -------
     ndarray
-        Shape and dtype of ``x``; kept values are those of Flax bit for bit.
+        Shape and dtype of ``x``; kept values are those of Flax bit for bit.  An ndarray also for a subclass of it.
 
     Raises
     ------
     TypeError
-        If ``x`` has another dtype, or both ``key`` and ``rng`` are given.
+        If ``x`` has another dtype or is a masked array, an argument is of another type, or both ``key`` and ``rng`` are
+        given.
     ValueError
         If ``rate``, ``key``, ``offset``, ``impl`` or ``broadcast_dims`` is out of range, or ``out`` does not fit.
     KeyboardInterrupt
@@ -256,9 +405,10 @@ def dropout(
     >>> pyreg.dropout(np.ones(8, np.float32), 0.5, key=7)
     array([2., 2., 0., 2., 2., 2., 2., 0.], dtype=float32)
     """
-    if deterministic:
-        rate = 0.0 if 0.0 <= rate <= 1.0 else rate
-    return _apply(x, rate, key, rng, broadcast_dims, impl, offset, out)
+    if deterministic is not False and _flag(deterministic, "deterministic"):
+        _check_rate(rate)
+        rate = 0.0
+    return _apply(x, rate, key, rng, broadcast_dims, impl, offset, out)[0]
 
 
 def dropout_backward(
@@ -287,6 +437,11 @@ def dropout_backward(
     ndarray
         ``dx``, shape and dtype of ``dy``.
 
+    Raises
+    ------
+    TypeError, ValueError, KeyboardInterrupt
+        As :func:`dropout`.
+
     Examples
     --------
     >>> import numpy as np, pyreg
@@ -295,7 +450,7 @@ def dropout_backward(
     """
     if key is None:
         raise TypeError("key is None; wanted the key that the forward pass used")
-    return _apply(dy, rate, key, None, broadcast_dims, impl, offset, out, name="dy")
+    return _apply(dy, rate, key, None, broadcast_dims, impl, offset, out, name="dy")[0]
 
 
 def dropout_mask(
@@ -325,6 +480,15 @@ def dropout_mask(
     ndarray
         bool, of ``shape`` with 1 in each broadcast dim; or uint8, shape ``((n + 7) // 8,)``, if packed.
 
+    Raises
+    ------
+    TypeError
+        If an argument is of another type.
+    ValueError
+        If an option is out of range, or ``shape`` has a negative length or 2**63 elements and more.
+    MemoryError
+        If there is no memory for the mask.
+
     Examples
     --------
     >>> import pyreg
@@ -333,16 +497,19 @@ def dropout_mask(
     >>> pyreg.dropout_mask(8, 0.5, key=7, packed=True)
     array([123], dtype=uint8)
     """
-    shape = (shape,) if isinstance(shape, int) else tuple(operator.index(n) for n in shape)
+    shape = _integers(shape, "shape")
     if min(shape, default=0) < 0:
-        raise ValueError(f"shape is {shape}; wanted lengths of 0 or more")
+        raise ValueError(f"shape is {_shown(shape)}; wanted lengths of 0 or more")
+    if len(shape) > _core.MAX_DIMS or math.prod(n for n in shape if n) >= 1 << 63:
+        raise ValueError(
+            f"shape is {_shown(shape)}; wanted at most {_core.MAX_DIMS} dims and fewer than 2**63 elements"
+        )
     shape = _mask_shape(shape, broadcast_dims)
     rate, key, generator = _check_rate(rate), _check_key(key), _check_impl(impl)
-    out: Array = np.empty(shape, np.bool_)
-    n = out.size
+    n = math.prod(shape)
     offset = _check_offset(offset, n)
-    if packed:
-        out = np.empty((n + 7) // 8, np.uint8)
+    packed = _flag(packed, "packed")
+    out: Array = np.empty((n + 7) // 8, np.uint8) if packed else np.empty(shape, np.bool_)
     _core.dropout_mask(n, out, packed, generator, key, rate, offset)
     return out
 
@@ -351,23 +518,25 @@ def dropout_mask(
 
 
 def _check_axis(axis: int, ndim: int) -> int:
-    axis = operator.index(axis)
+    axis = _integer(axis, "axis")
     if not -ndim <= axis < ndim:
-        raise ValueError(f"axis is {axis}; wanted a dim of an array with {ndim} dims")
+        raise ValueError(f"axis is {_shown(axis)}; wanted a dim of an array with {ndim} dims")
     return axis + ndim if axis < 0 else axis
 
 
 def _check_epsilon(epsilon: float) -> float:
-    if not 0.0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon is {epsilon}; wanted a finite number of 0 or more")
-    return epsilon
+    wanted = "a finite number of 0 or more"
+    number = epsilon if type(epsilon) is float else _number(epsilon, "epsilon", wanted)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"epsilon is {_shown(epsilon)}; wanted {wanted}")
+    return number
 
 
 def _check_activation(activation: Activation | None) -> bool:
     if activation is None:
         return False
-    if activation != "relu":
-        raise ValueError(f"activation is {activation!r}; wanted None or 'relu'")
+    if not isinstance(activation, str) or activation != "relu":
+        raise ValueError(f"activation is {_shown(activation)}; wanted None or 'relu'")
     return True
 
 
@@ -407,15 +576,15 @@ def _check_statistic(value: ArrayLike | None, code: int, channels: int, name: st
     """A parameter or statistic, in the dtype that goes with the data; None stays None."""
     if value is None or _core.is_statistic(value, code, channels):
         return value
-    value = np.asarray(value)
+    value = _as_array(value, name)
     _check_channels(value, channels, name)
     return np.ascontiguousarray(value, np.float64 if code == _core.F64 else np.float32)
 
 
-def _check_like(value: ArrayLike | None, x: Array, name: str) -> Any:
-    """An array of the shape and dtype of x, aligned; None stays None."""
-    if value is None or _core.is_like(value, x):
-        return value
+def _check_like(value: ArrayLike, x: Array, name: str) -> Array:
+    """An array of the shape and dtype of x, aligned."""
+    if _core.is_like(value, x):
+        return value  # type: ignore[return-value]
     value, _ = _as_input(value, name)
     _check_same(value, x, name)
     return value
@@ -425,7 +594,7 @@ def _check_mask(mask: ArrayLike | None, x: Array, axis: int) -> Array | None:
     """The mask, seen in the shape of x; None stays None."""
     if mask is None:
         return None
-    mask = np.asarray(mask)
+    mask = _as_array(mask, "mask")
     seen: Array = _seen_in(x, mask)
     mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
     counts = mask.any(axis=tuple(d for d in range(x.ndim) if d != axis))
@@ -471,7 +640,8 @@ def batch_norm(
     residual : array_like, optional
         Shape and dtype of ``x``; added before the activation.
     out : ndarray, optional
-        Where to write ``y``; may be ``x`` or ``residual`` itself.
+        Where to write ``y``; may be ``x`` or ``residual`` itself, or overlap any argument.  Its elements may not share
+        memory.
 
     Returns
     -------
@@ -483,7 +653,8 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an array has another dtype.
+        If an array has another dtype or is a masked one (whose mask would not count: ``mask`` does), or an argument is
+        of another type.
     ValueError
         If shapes do not fit, a channel has no element or none where ``mask`` is true, or an option is out of range.
     KeyboardInterrupt
@@ -512,9 +683,9 @@ def batch_norm(
     scale = _check_statistic(scale, code, channels, "scale")
     bias = _check_statistic(bias, code, channels, "bias")
     mask = _check_mask(mask, x, axis)
-    residual = _check_like(residual, x, "residual")
+    residual = None if residual is None else _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y = _prepare_out(out, x, (x, residual, mask))
+    y = _prepare_out(out, x, (x, residual), (scale, bias, mask))
     mean, var = _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y)
     return _deliver(y, out), mean, var
 
@@ -548,6 +719,11 @@ def batch_norm_inference(
     ndarray
         Shape and dtype of ``x``.
 
+    Raises
+    ------
+    TypeError, ValueError, KeyboardInterrupt
+        As :func:`batch_norm`; ``x`` may have no elements.
+
     Examples
     --------
     >>> import numpy as np, pyreg
@@ -564,9 +740,9 @@ def batch_norm_inference(
     var = _check_statistic(var, code, channels, "var")
     scale = _check_statistic(scale, code, channels, "scale")
     bias = _check_statistic(bias, code, channels, "bias")
-    residual = _check_like(residual, x, "residual")
+    residual = None if residual is None else _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y = _prepare_out(out, x, (x, residual))
+    y = _prepare_out(out, x, (x, residual), (mean, var, scale, bias))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
     return _deliver(y, out)
 
@@ -609,6 +785,11 @@ def batch_norm_backward(
         Only if ``activation`` is given: the gradient with respect to ``residual``, ``dy`` where ``y > 0`` and 0
         elsewhere.  (Without activation it is ``dy``.)
 
+    Raises
+    ------
+    TypeError, ValueError, KeyboardInterrupt
+        As :func:`batch_norm`.
+
     Examples
     --------
     >>> import numpy as np, pyreg
@@ -632,10 +813,10 @@ def batch_norm_backward(
     var = _check_statistic(var, code, channels, "var")
     scale = _check_statistic(scale, code, channels, "scale")
     mask = _check_mask(mask, x, axis)
-    y = _check_like(y, x, "y") if relu else None
+    y = _check_like(y, x, "y") if relu and y is not None else None
     epsilon = _check_epsilon(epsilon)
     dresidual = _core.empty_like(x) if relu else None
-    dx = _prepare_out(out, x, (dy, x, y, mask))
+    dx = _prepare_out(out, x, (dy, x, y), (mean, var, scale, mask))
     dscale, dbias = _core.batch_norm_backward(
         code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual
     )

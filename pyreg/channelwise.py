@@ -58,8 +58,8 @@ class _ChannelDropout(Dropout):
         inverted: bool = True,
     ) -> None:
         super().__init__(rate, rng=rng, impl=impl, inverted=inverted)
-        self.axis = axis
         channel_axis(axis, self._spatial)
+        self.axis = axis
 
     def _shared_dims(self, ndim: int) -> _ops.Dims:
         return dims_of_channel(ndim, channel_axis(self.axis, self._spatial), self._spatial)
@@ -165,11 +165,11 @@ class _WholeDropout(Dropout):
         inverted: bool = True,
     ) -> None:
         super().__init__(rate, rng=rng, impl=impl, inverted=inverted)
-        self.scale_by_keep = scale_by_keep
+        self.scale_by_keep = _ops._flag(scale_by_keep, "scale_by_keep")
 
     @property
     def _scaled(self) -> bool:
-        return self.inverted and self.scale_by_keep
+        return _ops._flag(self.scale_by_keep, "scale_by_keep") and self.inverted
 
 
 class DropPath(_WholeDropout):

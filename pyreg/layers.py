@@ -1,8 +1,9 @@
 """NumPy layers: state, and the functions of ``_ops`` applied to it."""
 
 import copy
+import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -10,6 +11,21 @@ from numpy.typing import ArrayLike, DTypeLike
 from pyreg import _ops
 
 __all__ = ["BatchNorm", "Dropout"]
+
+_forks = 0  # that lie between this process and the one that imported pyreg
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state is {_ops._kind(state)}; wanted a mapping, such as state_dict() returns")
 
 
 class Layer:
@@ -22,13 +38,59 @@ class Layer:
         return copy.deepcopy(self)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training (or, if ``mode`` is false, to evaluation); returns the layer."""
-        self.training = bool(mode)
+        """Switch to training or to evaluation.
+
+        Parameters
+        ----------
+        mode : bool
+            If false, switch to evaluation.
+
+        Returns
+        -------
+        Layer
+            The layer itself.
+
+        Raises
+        ------
+        TypeError
+            If ``mode`` is no bool.
+
+        Examples
+        --------
+        >>> import pyreg
+        >>> pyreg.Dropout(0.5).train(False).training
+        False
+        """
+        self.training = _ops._flag(mode, "mode")
         return self
 
     def eval(self) -> Self:
-        """Switch to evaluation; returns the layer."""
+        """Switch to evaluation.
+
+        Returns
+        -------
+        Layer
+            The layer itself.
+
+        Examples
+        --------
+        >>> import pyreg
+        >>> pyreg.BatchNorm(3).eval().training
+        False
+        """
         return self.train(False)
+
+
+class _DropoutCall(NamedTuple):
+    """What a call of a Dropout has used, for its backward pass."""
+
+    trained: bool
+    shape: tuple[int, ...]
+    rate: float
+    dims: tuple[int, ...]
+    impl: _ops.Impl
+    inverted: bool
+    scaled: bool
 
 
 class Dropout(Layer):
@@ -54,6 +116,16 @@ class Dropout(Layer):
         Set by :meth:`train` and :meth:`eval`; true at first.
     key : int or None
         Key of the last training call.
+    rng : numpy.random.Generator
+        Source of the keys.  What is assigned to it counts as the parameter ``rng``.
+
+    Notes
+    -----
+    Settings may be changed at any time, by a schedule for one.  They are checked when the layer is called, and the
+    backward pass takes those of the call that it follows.  A call that raises changes nothing.
+
+    Copies, pickles and forked processes: a layer without ``rng`` draws other masks in each of them.  One with ``rng``
+    goes on in each with the same masks as its original; :meth:`spawn` makes layers for workers.
 
     Examples
     --------
@@ -68,6 +140,8 @@ class Dropout(Layer):
     """
 
     _settings: tuple[str, ...] = ("rate", "broadcast_dims", "impl", "inverted")
+    _rng: np.random.Generator
+    _seeded_in: int | None  # the process where the operating system has seeded _rng; None: _rng is the user's
 
     def __init__(
         self,
@@ -79,28 +153,107 @@ class Dropout(Layer):
         inverted: bool = True,
     ) -> None:
         self.rate = _ops._check_rate(rate)
+        _ops._integers(broadcast_dims, "broadcast_dims")
         self.broadcast_dims = broadcast_dims
-        self.impl = impl
-        self.inverted = inverted
-        self.rng = np.random.default_rng(rng)
-        self.key: int | None = None
-        self._trained: bool | None = None  # was the last call one in training?
         _ops._check_impl(impl)
+        self.impl = impl
+        self.inverted = _ops._flag(inverted, "inverted")
+        self.rng = rng
+        self.key: int | None = None
+        self._last: tuple[_DropoutCall, int | None] | None = None  # and its key
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """Source of the keys."""
+        if self._seeded_in is not None and self._seeded_in != _forks:
+            self._rng, self._seeded_in = np.random.default_rng(), _forks
+        return self._rng
+
+    @rng.setter
+    def rng(self, rng: int | np.random.Generator | None) -> None:
+        if rng is None:
+            self._seeded_in = -1  # nowhere yet
+        else:
+            self._rng, self._seeded_in = _ops._generator(rng), None
 
     def __call__(self, x: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
-        """Dropout of ``x`` in training; in evaluation ``x`` itself, or ``x * (1 - rate)`` if not ``inverted``."""
-        dims = self._shared_dims(np.ndim(x))
-        if self.training:
-            self.key = _ops.fresh_key(self.rng)
-        self._trained = self.training
-        return self._drop(x, dims, out, "x") if self.training else self._evaluate(x, out)
+        """Dropout of ``x`` in training; in evaluation ``x`` itself, or ``x * (1 - rate)`` if not ``inverted``.
+
+        Parameters
+        ----------
+        x : array_like
+            float32, float64, float16 or bfloat16, of any shape and memory layout.
+        out : ndarray, optional
+            Where to write the result, as in :func:`pyreg.dropout`; in evaluation, too.
+
+        Returns
+        -------
+        ndarray
+            Shape and dtype of ``x``.
+
+        Raises
+        ------
+        TypeError, ValueError, KeyboardInterrupt
+            As :func:`pyreg.dropout`; the layer is then as it was before the call.
+        """
+        x, _ = _ops._as_input(x)
+        call = _DropoutCall(
+            _ops._flag(self.training, "training"),
+            x.shape,
+            _ops._check_rate(self.rate),
+            _ops._integers(self._shared_dims(x.ndim), "broadcast_dims"),
+            self.impl,
+            _ops._flag(self.inverted, "inverted"),
+            self._scaled,
+        )
+        if call.trained:
+            y, key = self._drop(x, call, None, self.rng, out, "x")
+            self.key = key
+            self._last = call, key
+        else:
+            _ops._check_impl(call.impl)
+            y = self._evaluate(x, call, out, "x")
+            self._last = call, None
+        return y
 
     def backward(self, dy: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
-        """Gradient of the last call with respect to its input."""
-        if self._trained is None:
+        """Gradient of the last call, in whatever mode and with whatever settings that was, with respect to its input.
+
+        Parameters
+        ----------
+        dy : array_like
+            Gradient with respect to the output, of the same shape.
+        out : ndarray, optional
+            Where to write the result; may be ``dy`` itself.
+
+        Returns
+        -------
+        ndarray
+            Shape and dtype of ``dy``; after a call in evaluation ``dy`` itself, if ``inverted``.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has not been called.
+        TypeError, ValueError, KeyboardInterrupt
+            As :func:`pyreg.dropout_backward`, or if ``dy`` has another shape than ``x`` had.
+
+        Examples
+        --------
+        >>> import numpy as np, pyreg
+        >>> layer = pyreg.Dropout(0.5, rng=0)
+        >>> y = layer(np.ones(4))
+        >>> layer.rate = 0.9  # for the next call
+        >>> bool((layer.backward(np.ones(4)) == y).all())
+        True
+        """
+        if self._last is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
-        dims = self._shared_dims(np.ndim(dy))
-        return self._drop(dy, dims, out, "dy") if self._trained else self._evaluate(dy, out)
+        call, key = self._last
+        dy, _ = _ops._as_input(dy, "dy")
+        if dy.shape != call.shape:
+            raise ValueError(f"dy has {dy.ndim} dims, shape {dy.shape}; wanted the shape that x had, {call.shape}")
+        return self._drop(dy, call, key, None, out, "dy")[0] if call.trained else self._evaluate(dy, call, out, "dy")
 
     def _shared_dims(self, ndim: int) -> _ops.Dims:
         """Dims of an input along which the mask is shared; raises if there can be no such input."""
@@ -111,35 +264,150 @@ class Dropout(Layer):
         """Are kept elements scaled in training?"""
         return self.inverted
 
-    def _drop(self, x: ArrayLike, dims: _ops.Dims, out: _ops.Array | None, name: str) -> _ops.Array:
-        return _ops._apply(x, self.rate, self.key, None, dims, self.impl, 0, out, scaled=self._scaled, name=name)
+    @staticmethod
+    def _drop(
+        x: _ops.Array,
+        call: _DropoutCall,
+        key: int | None,
+        rng: np.random.Generator | None,
+        out: _ops.Array | None,
+        name: str,
+    ) -> tuple[_ops.Array, int]:
+        return _ops._apply(x, call.rate, key, rng, call.dims, call.impl, 0, out, call.scaled, name, always_draw=True)
 
-    def _evaluate(self, x: ArrayLike, out: _ops.Array | None) -> _ops.Array:
-        x, _ = _ops._as_input(x)
-        if out is not None:
-            _ops._check_out(out, x)
-        if self.inverted:
+    @staticmethod
+    def _evaluate(x: _ops.Array, call: _DropoutCall, out: _ops.Array | None, name: str) -> _ops.Array:
+        if call.inverted:
             if out is None:
                 return x
-            np.copyto(out, x)
-            return out
-        y: _ops.Array = np.multiply(x, x.dtype.type(1 - self.rate), out=out)
-        return y
+            _ops._check_out(out, x, name)
+            return _ops._deliver(x, out)
+        y = _ops._prepare_out(out, x, (x,), name=name)
+        np.multiply(x, x.dtype.type(1 - call.rate), out=y)
+        return _ops._deliver(y, out)
+
+    def spawn(self, n: int) -> list[Self]:
+        """Layers for ``n`` workers: the same settings, and masks that are independent of this layer's and each other's.
+
+        Parameters
+        ----------
+        n : int
+            How many.
+
+        Returns
+        -------
+        list of layers
+            Their generators are those of ``rng.spawn(n)``: they follow from the seed and from how often it has spawned
+            (which is no part of :meth:`state_dict`).  None of them has been called.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``n`` is not an int of 0 or more, or the user's generator cannot spawn.
+
+        Examples
+        --------
+        Two workers with masks of their own, the same in each run of the program:
+
+        >>> import multiprocessing
+        >>> import numpy as np, pyreg
+        >>> layer = pyreg.Dropout(0.5, rng=0)
+        >>> with multiprocessing.get_context("fork").Pool(2) as pool:
+        ...     y = pool.starmap(pyreg.Dropout.__call__, [(worker, np.ones(64)) for worker in layer.spawn(2)])
+        >>> bool((y[0] == y[1]).all())
+        False
+        """
+        n = _ops._integer(n, "n")
+        if n < 0:
+            raise ValueError(f"n is {_ops._shown(n)}; wanted 0 or more")
+        rngs = [None] * n if self._seeded_in is not None else self.rng.spawn(n)
+        layers = [copy.copy(self) for _ in rngs]
+        for layer, rng in zip(layers, rngs, strict=True):
+            layer.rng, layer.key, layer._last = rng, None, None
+        return layers
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the key source, so that training can go on from a checkpoint with the same masks."""
+        """The state of the key source, so that training can go on from a checkpoint with the same masks.
+
+        Returns
+        -------
+        dict
+            ``{"rng": rng.bit_generator.state}``.
+
+        Examples
+        --------
+        >>> import numpy as np, pyreg
+        >>> layer, other = pyreg.Dropout(0.5), pyreg.Dropout(0.5)
+        >>> other.load_state_dict(layer.state_dict())
+        >>> x = np.ones(64)
+        >>> bool((layer(x) == other(x)).all())
+        True
+        """
         return {"rng": self.rng.bit_generator.state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of another layer's :meth:`state_dict`.  An empty dict (PyTorch's) changes nothing."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of another layer's :meth:`state_dict`.  The layer then counts as one with ``rng``.
+
+        Parameters
+        ----------
+        state : mapping
+            An empty one (PyTorch's) changes nothing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If that is no state of this layer's kind of generator; nothing changes.
+
+        Examples
+        --------
+        >>> import numpy as np, pyreg
+        >>> layer, x = pyreg.Dropout(0.5, rng=0), np.ones(64)
+        >>> before = layer.state_dict()
+        >>> y = layer(x)
+        >>> layer.load_state_dict(before)
+        >>> bool((layer(x) == y).all())
+        True
+        """
+        _check_state(state)
         unknown = set(state) - {"rng"}
         if unknown:
-            raise ValueError(f"state has {sorted(unknown)}; wanted 'rng' only")
-        if "rng" in state:
-            self.rng.bit_generator.state = state["rng"]
+            raise ValueError(f"state has {sorted(map(str, unknown))}; wanted 'rng' only")
+        if "rng" not in state:
+            return
+        source = self.rng.bit_generator
+        try:
+            copy.deepcopy(source).state = state["rng"]  # it may be taken in part
+        except Exception as error:
+            raise _ops._error_like(error)(
+                f"state['rng'] is not one of {type(source).__name__}, this layer's generator: {error!r}"
+            ) from error
+        source.state = state["rng"]
+        self._seeded_in = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a layer without rng are seeded for themselves."""
+        state = self.__dict__.copy()
+        if self._seeded_in is not None:
+            state.pop("_rng", None)
+            state["_seeded_in"] = -1
+        return state
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._settings)})"
+
+
+class _BatchNormCall(NamedTuple):
+    """What a call of a BatchNorm has used, for its backward pass; parameters and running statistics are copies."""
+
+    trained: bool
+    x: _ops.Array
+    mask: ArrayLike | None
+    mean: _ops.Array
+    var: _ops.Array
+    scale: _ops.Array | None
+    dtypes: dict[str, np.dtype[Any]]  # of the parameters
+    axis: int
+    epsilon: float
 
 
 class BatchNorm(Layer):
@@ -158,7 +426,7 @@ class BatchNorm(Layer):
     use_scale, use_bias : bool
         Whether there is a scale, a bias to train.
     dtype : dtype
-        Of parameters and running statistics.
+        Of parameters and running statistics, a float dtype.
 
     Attributes
     ----------
@@ -169,6 +437,15 @@ class BatchNorm(Layer):
         Set by :meth:`backward`: the gradients of ``scale`` and ``bias``.
     training : bool
         Set by :meth:`train` and :meth:`eval`; true at first.
+
+    Notes
+    -----
+    Settings and arrays may be changed at any time, the arrays also in place, as an optimizer does.  They are checked
+    when the layer is called, and the backward pass takes those of the call that it follows.  A call that raises changes
+    nothing.
+
+    The layer keeps ``x`` and ``mask`` of its last call, no copies of them: who changes these in place before
+    :meth:`backward` (by ``out=x`` of a later layer, for one) changes the gradients.
 
     Examples
     --------
@@ -193,81 +470,180 @@ class BatchNorm(Layer):
         use_bias: bool = True,
         dtype: DTypeLike = np.float32,
     ):
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"momentum is {momentum}; wanted a weight of the old value in [0, 1]")
-        self.num_features = num_features
-        self.axis = axis
-        self.momentum = momentum
+        self.num_features = _ops._integer(num_features, "num_features")
+        try:
+            dtype = np.dtype(dtype)
+        except Exception:
+            raise TypeError(f"dtype is {_ops._shown(dtype)}; wanted a float dtype") from None
+        _check_float(dtype, "dtype is")
+        if not 0 <= self.num_features < 2**63 // dtype.itemsize:
+            raise ValueError(f"num_features is {_ops._shown(num_features)}; wanted the length of an array")
+        self.axis = _ops._integer(axis, "axis")
+        self.momentum = _check_momentum(momentum)
         self.epsilon = _ops._check_epsilon(epsilon)
-        self.scale: _ops.Array | None = np.ones(num_features, dtype) if use_scale else None
-        self.bias: _ops.Array | None = np.zeros(num_features, dtype) if use_bias else None
-        self.mean: _ops.Array = np.zeros(num_features, dtype)
-        self.var: _ops.Array = np.ones(num_features, dtype)
+        use_scale, use_bias = _ops._flag(use_scale, "use_scale"), _ops._flag(use_bias, "use_bias")
+        self.scale: _ops.Array | None = np.ones(self.num_features, dtype) if use_scale else None
+        self.bias: _ops.Array | None = np.zeros(self.num_features, dtype) if use_bias else None
+        self.mean: _ops.Array = np.zeros(self.num_features, dtype)
+        self.var: _ops.Array = np.ones(self.num_features, dtype)
         self.grads: dict[str, _ops.Array] = {}
-        self._saved: tuple[bool, _ops.Array, ArrayLike | None, _ops.Array, _ops.Array] | None = None
+        self._saved: _BatchNormCall | None = None
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> _ops.Array:
-        """Batch-norm of ``x``; in training the running statistics take a step.  ``mask``: as in `pyreg.batch_norm`."""
+        """Batch-norm of ``x``; in training the running statistics take a step.
+
+        Parameters
+        ----------
+        x : array_like
+            float32, float64, float16 or bfloat16, of one or more dims and any memory layout.
+        mask : array_like of bool, optional
+            As in :func:`pyreg.batch_norm`; without effect in evaluation.
+
+        Returns
+        -------
+        ndarray
+            Shape and dtype of ``x``.
+
+        Raises
+        ------
+        TypeError, ValueError, KeyboardInterrupt
+            As :func:`pyreg.batch_norm`; the layer is then as it was before the call.
+        """
         x, _ = _ops._as_input(x)
-        self._check_channels(x)
-        options: Any = {"axis": self.axis, "epsilon": self.epsilon}
-        if not self.training:
-            self._saved = False, x, None, self.mean, self.var
-            return _ops.batch_norm_inference(x, self.mean, self.var, self.scale, self.bias, **options)
-        y, mean, var = _ops.batch_norm(x, self.scale, self.bias, mask=mask, **options)
-        self._saved = True, x, mask, mean, var
-        self.mean = self._step(self.mean, mean)
-        self.var = self._step(self.var, var)
+        axis = _ops._check_axis(self.axis, x.ndim)
+        if x.shape[axis] != self.num_features:
+            raise ValueError(f"x has {x.shape[axis]} channels in dim {self.axis}; wanted {self.num_features}")
+        epsilon = _ops._check_epsilon(self.epsilon)
+        scale = None if self.scale is None else _ops._as_array(self.scale, "scale")
+        bias = None if self.bias is None else _ops._as_array(self.bias, "bias")
+        dtypes = {name: a.dtype for name, a in (("scale", scale), ("bias", bias)) if a is not None}
+        kept_scale = None if scale is None else scale.copy()
+        options: Any = {"axis": axis, "epsilon": epsilon}
+        if not _ops._flag(self.training, "training"):
+            if mask is not None:
+                _ops._seen_in(x, _ops._as_array(mask, "mask"))
+            mean, var = (_ops._as_array(getattr(self, name), name).copy() for name in ("mean", "var"))
+            y = _ops.batch_norm_inference(x, mean, var, scale, bias, **options)
+            self._saved = _BatchNormCall(False, x, None, mean, var, kept_scale, dtypes, axis, epsilon)
+            return y
+        momentum = _check_momentum(self.momentum)
+        old_mean, old_var = self._running("mean"), self._running("var")
+        y, mean, var = _ops.batch_norm(x, scale, bias, mask=mask, **options)
+        saved = _BatchNormCall(True, x, mask, mean, var, kept_scale, dtypes, axis, epsilon)
+        new_mean, new_var = _step(momentum, old_mean, mean), _step(momentum, old_var, var)
+        self._saved, self.mean, self.var = saved, new_mean, new_var
         return y
 
     def backward(self, dy: ArrayLike) -> _ops.Array:
-        """Gradient of the last call, in whatever mode that was, with respect to its input; sets ``grads``."""
+        """Gradient of the last call, in whatever mode that was, with respect to its input; sets ``grads``.
+
+        Parameters
+        ----------
+        dy : array_like
+            Gradient with respect to the output, of its shape and dtype.
+
+        Returns
+        -------
+        ndarray
+            Shape and dtype of ``x``.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has not been called.
+        TypeError, ValueError, KeyboardInterrupt
+            As :func:`pyreg.batch_norm_backward`; ``grads`` are then as they were.
+
+        Examples
+        --------
+        >>> import numpy as np, pyreg
+        >>> layer = pyreg.BatchNorm(2).eval()
+        >>> y = layer(np.ones((3, 2), np.float32))
+        >>> dx = layer.backward(np.ones((3, 2), np.float32))
+        >>> layer.grads["bias"]
+        array([3., 3.], dtype=float32)
+        """
         if self._saved is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
-        by_batch, x, mask, mean, var = self._saved
-        options: Any = {"axis": self.axis, "epsilon": self.epsilon}
-        if by_batch:
-            dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, self.scale, mask=mask, **options)
+        trained, x, mask, mean, var, scale, dtypes, axis, epsilon = self._saved
+        options: Any = {"axis": axis, "epsilon": epsilon}
+        if trained:
+            dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, scale, mask=mask, **options)
         else:  # the statistics are constants
-            g: _ops.Array = _ops._check_like(dy, x, "dy")
-            zero = np.zeros_like(mean)
-            dx = _ops.batch_norm_inference(g, zero, var, self.scale, **options)
-            xhat = _ops.batch_norm_inference(x, mean, var, **options).astype(np.float64)
-            others = tuple(d for d in range(x.ndim) if d != self.axis % x.ndim)
-            dscale, dbias = (g * xhat).sum(others), g.sum(others, dtype=np.float64)
-        self.grads = {}
-        if self.scale is not None:
-            self.grads["scale"] = dscale.astype(self.scale.dtype, copy=False)
-        if self.bias is not None:
-            self.grads["bias"] = dbias.astype(self.bias.dtype, copy=False)
+            g = _ops._check_like(dy, x, "dy")
+            dx = _ops.batch_norm_inference(g, np.zeros_like(mean), var, scale, **options)
+            wide = x.astype(np.float32) if x.itemsize == 2 else x
+            xhat = _ops.batch_norm_inference(wide, mean, var, **options).astype(np.float64)
+            others = tuple(d for d in range(x.ndim) if d != axis)
+            with np.errstate(all="ignore"):  # NaN and Inf stay in their channel, in silence as in training
+                dscale, dbias = (g * xhat).sum(others), g.sum(others, dtype=np.float64)
+        with np.errstate(all="ignore"):
+            grads = {"scale": dscale, "bias": dbias}
+            self.grads = {
+                name: grads[name].astype(dtype if _is_float(dtype) else grads[name].dtype, copy=False)
+                for name, dtype in dtypes.items()
+            }
         return dx
 
-    def _check_channels(self, x: _ops.Array) -> None:
-        channels = x.shape[_ops._check_axis(self.axis, x.ndim)]
-        if channels != self.num_features:
-            raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {self.num_features}")
-
-    def _step(self, old: _ops.Array, new: _ops.Array) -> _ops.Array:
-        return (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype, copy=False)
+    def _running(self, name: str) -> _ops.Array:
+        """A running statistic that can take a step."""
+        value = _ops._as_array(getattr(self, name), name)
+        _ops._check_channels(value, self.num_features, name)
+        _check_float(value.dtype, f"{name} has dtype")
+        return value
 
     def state_dict(self) -> dict[str, _ops.Array]:
-        """Copies of parameters and running statistics, by Flax's names: scale, bias, mean, var."""
-        return {name: getattr(self, name).copy() for name in _STATE if getattr(self, name) is not None}
+        """Parameters and running statistics, by Flax's names.
+
+        Returns
+        -------
+        dict
+            Copies of scale, bias, mean and var, those that the layer has.
+
+        Examples
+        --------
+        >>> import pyreg
+        >>> pyreg.BatchNorm(2, use_bias=False).state_dict()["scale"]
+        array([1., 1.], dtype=float32)
+        """
+        return {name: np.array(getattr(self, name)) for name in _STATE if getattr(self, name) is not None}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Take parameters and running statistics, by Flax's names or by PyTorch's.
+        """Take copies of parameters and running statistics, by Flax's names or by PyTorch's.
 
-        PyTorch's are weight, bias, running_mean, running_var; num_batches_tracked is ignored.  Nothing changes if
-        something is missing or does not fit.
+        Parameters
+        ----------
+        state : mapping
+            PyTorch's names are weight, bias, running_mean, running_var; num_batches_tracked is ignored.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If something is missing or does not fit; nothing changes.
+
+        Examples
+        --------
+        >>> import numpy as np, pyreg
+        >>> layer, other = pyreg.BatchNorm(2), pyreg.BatchNorm(2)
+        >>> y = layer(np.array([[1, 10], [3, 30]], np.float32))
+        >>> other.load_state_dict(layer.state_dict())
+        >>> other.var
+        array([1.  , 1.99], dtype=float32)
         """
-        state = {_TORCH_NAMES.get(name, name): value for name, value in state.items() if name != "num_batches_tracked"}
-        wanted = {name for name in _STATE if getattr(self, name) is not None}
-        if set(state) != wanted:
-            raise ValueError(f"state has {sorted(state)}; wanted {sorted(wanted)} (or PyTorch's names for them)")
-        new = {name: np.array(value, self.mean.dtype) for name, value in state.items()}
-        for name, value in new.items():
+        _check_state(state)
+        given = [name for name in state if name != "num_batches_tracked"]
+        wanted = [name for name in _STATE if getattr(self, name) is not None]
+        if sorted(names := [str(_TORCH_NAMES.get(name, name)) for name in given]) != sorted(wanted):
+            raise ValueError(
+                f"state has {sorted(map(str, given))}; wanted {sorted(wanted)} (or PyTorch's names for them)"
+            )
+        new = {}
+        for name, key in zip(names, given, strict=True):
+            value = _ops._as_array(state[key], name)
             if value.shape != (self.num_features,):
                 raise ValueError(f"{name} has shape {value.shape}; wanted ({self.num_features},)")
+            _ops._check_channels(value, self.num_features, name)
+            new[name] = np.array(value, np.asarray(getattr(self, name)).dtype)
         for name, value in new.items():
             setattr(self, name, value)
 
@@ -277,6 +653,28 @@ class BatchNorm(Layer):
 
     def __repr__(self) -> str:
         return f"BatchNorm({self.num_features}, axis={self.axis}, momentum={self.momentum}, epsilon={self.epsilon})"
+
+
+def _check_momentum(momentum: float) -> float:
+    wanted = "a weight of the old value in [0, 1]"
+    number = _ops._number(momentum, "momentum", wanted)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"momentum is {_ops._shown(momentum)}; wanted {wanted}")
+    return number
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def _check_float(dtype: np.dtype[Any], what: str) -> None:
+    if not _is_float(dtype):
+        raise TypeError(f"{what} {dtype}; wanted a float dtype")
+
+
+def _step(momentum: float, old: _ops.Array, new: _ops.Array) -> _ops.Array:
+    """A running statistic after a batch."""
+    return (momentum * old + (1 - momentum) * new).astype(old.dtype, copy=False)
 
 
 _STATE = ("scale", "bias", "mean", "var")
