@@ -186,7 +186,9 @@ cdef bint fits(cnp.ndarray out, cnp.ndarray x):
 
 
 cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
-    """First byte of x, and the first after it."""
+    """First byte of x, and the first after it; nothing if x has no elements."""
+    if cnp.PyArray_SIZE(x) == 0:
+        return 0, 0
     cdef size_t low = <size_t>cnp.PyArray_DATA(x), high = low + <size_t>cnp.PyArray_ITEMSIZE(x)
     cdef cnp.npy_intp reach
     cdef int d
@@ -199,14 +201,11 @@ cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
     return low, high
 
 
-cdef bint overlap(cnp.ndarray x, cnp.ndarray y) noexcept:
-    """Whether x and y may share memory; false is certain."""
-    if cnp.PyArray_SIZE(x) == 0 or cnp.PyArray_SIZE(y) == 0:
-        return False
-    cdef size_t x_low, x_high, y_low, y_high
+cdef bint between(cnp.ndarray x, size_t low, size_t high) noexcept:
+    """Whether x may have bytes from low to before high; false is certain."""
+    cdef size_t x_low, x_high
     x_low, x_high = bounds(x)
-    y_low, y_high = bounds(y)
-    return x_low < y_high and y_low < x_high
+    return x_low < high and low < x_high
 
 
 cdef bint in_place(cnp.ndarray x, cnp.ndarray y) noexcept:
@@ -252,18 +251,20 @@ def apart(cnp.ndarray x not None):
     return elements_apart(x)
 
 
-def can_write(out, cnp.ndarray x not None, tuple inputs not None, tuple values=()):
+def can_write(out, cnp.ndarray x not None, tuple inputs not None, tuple values not None):
     """Whether out is an array like x that can be written as it is, without spoiling what is still to be read.
 
     inputs: arrays like x, one of which out may be; values: others; None among them does not count.
     """
     if not cnp.PyArray_CheckExact(out) or not fits(out, x) or not elements_apart(out):
         return False
+    cdef size_t low, high
+    low, high = bounds(out)
     for a in inputs:
-        if a is not None and a is not out and overlap(a, out) and not in_place(a, out):
+        if a is not None and a is not out and not in_place(a, out) and between(a, low, high):
             return False
     for a in values:
-        if a is not None and overlap(a, out):
+        if a is not None and between(a, low, high):
             return False
     return True
 
@@ -304,15 +305,16 @@ def dropout_mask(size_t n, cnp.ndarray out not None, bint packed, int generator,
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
-cdef void *data(array) except? NULL:
-    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray?>array)
+cdef void *data(cnp.ndarray array) noexcept:
+    return NULL if array is None else cnp.PyArray_DATA(array)
 
 
-cdef const int64_t *strides(array) except? NULL:
-    return NULL if array is None else <const int64_t *>cnp.PyArray_STRIDES(<cnp.ndarray?>array)
+cdef const int64_t *strides(cnp.ndarray array) noexcept:
+    return NULL if array is None else <const int64_t *>cnp.PyArray_STRIDES(array)
 
 
-cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu, scale, bias):
+cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu,
+                                    cnp.ndarray scale, cnp.ndarray bias) noexcept:
     cdef pyreg_batchnorm args
     args.dtype = <pyreg_dtype>dtype
     args.ndim = cnp.PyArray_NDIM(x)
@@ -346,8 +348,8 @@ def is_like(array, cnp.ndarray x not None):
             and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>array))
 
 
-def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, scale, bias, mask, residual,
-               cnp.ndarray y not None):
+def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, cnp.ndarray scale,
+               cnp.ndarray bias, cnp.ndarray mask, cnp.ndarray residual, cnp.ndarray y not None):
     """y = batch_norm(x); returns its mean and var.  scale, bias, mask, residual: or None."""
     cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
@@ -367,8 +369,9 @@ def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint
     return mean, var
 
 
-def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, scale, bias, residual,
-                         cnp.ndarray mean not None, cnp.ndarray var not None, cnp.ndarray y not None):
+def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu,
+                         cnp.ndarray scale, cnp.ndarray bias, cnp.ndarray residual, cnp.ndarray mean not None,
+                         cnp.ndarray var not None, cnp.ndarray y not None):
     """y = batch_norm_inference(x)."""
     cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
     cdef void *residual_data = data(residual)
@@ -384,8 +387,9 @@ def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double eps
 
 
 def batch_norm_backward(int dtype, cnp.ndarray dy not None, cnp.ndarray x not None, int axis, double epsilon, bint relu,
-                        scale, mask, y, cnp.ndarray mean not None, cnp.ndarray var not None, cnp.ndarray dx not None,
-                        dresidual, dmean=None, dvar=None):
+                        cnp.ndarray scale, cnp.ndarray mask, cnp.ndarray y, cnp.ndarray mean not None,
+                        cnp.ndarray var not None, cnp.ndarray dx not None, cnp.ndarray dresidual,
+                        cnp.ndarray dmean=None, cnp.ndarray dvar=None):
     """dx and dresidual (or None) = batch_norm_backward(dy, x); returns dscale and dbias.  y: None without relu."""
     cdef cnp.ndarray dscale = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray dbias = statistics_like(dtype, cnp.PyArray_DIM(x, axis))

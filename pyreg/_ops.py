@@ -173,15 +173,11 @@ def _check_out(out: Any, x: Array, name: str = "x") -> None:
         )
 
 
-def _prepare_out(
-    out: Array | None, x: Any, inputs: tuple[Any, ...], values: tuple[Any, ...] = (), name: str = "x"
-) -> Array:
+def _prepare_out(out: Array, x: Any, inputs: tuple[Any, ...], name: str = "x", values: tuple[Any, ...] = ()) -> Array:
     """Where to write: out, or another array like x for :func:`_deliver` to copy from.
 
     inputs and values: what must not be spoiled; out may be one of the inputs, which are arrays like x.
     """
-    if out is None:
-        return _core.empty_like(x)
     if _core.can_write(out, x, inputs, values):
         return out
     _check_out(out, x, name)
@@ -201,8 +197,10 @@ def _deliver(y: Array, out: Array | None) -> Array:
 
 
 def _check_rate(rate: float) -> float:
+    if type(rate) is float and 0.0 <= rate <= 1.0:
+        return rate
     wanted = "a probability of dropping in [0, 1]"
-    number = rate if type(rate) is float else _number(rate, "rate", wanted)
+    number = _number(rate, "rate", wanted)
     if not 0.0 <= number <= 1.0:  # also refuses NaN
         raise ValueError(f"rate is {_shown(rate)}; wanted {wanted}")
     return number
@@ -250,12 +248,17 @@ def _check_impl(impl: str) -> int:
 
 def _integers(value: Any, name: str) -> tuple[int, ...]:
     """value, an int or a sequence of ints, as a tuple."""
+    if type(value) is int:
+        return (value,)
     if type(value) is tuple:
-        many = True
-    else:
-        many = isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray))
-    if many or getattr(value, "ndim", 0) == 1:
-        return tuple([_integer(n, f"an element of {name}") for n in value])
+        for n in value:
+            if type(n) is not int:
+                break
+        else:
+            return value
+    many = type(value) is tuple or getattr(value, "ndim", 0) == 1
+    if many or (isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray))):
+        return tuple([n if type(n) is int else _integer(n, f"an element of {name}") for n in value])
     return (_integer(value, name, "an int or a sequence of ints"),)
 
 
@@ -291,6 +294,30 @@ def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[
 LONG = 1 << 20  # elements; shorter calls end before they ask for signals
 
 
+def _drop_by_fresh_key(
+    rng: int | np.random.Generator | None,
+    code: int,
+    x: Array,
+    y: Array,
+    generator: int,
+    rate: float,
+    offset: int,
+    scaled: bool,
+    strides: tuple[int, ...] | None,
+) -> int:
+    """y = dropout(x) by a key that is drawn here, and returned; if Ctrl-C stops it, as if none had been drawn."""
+    source = rng.bit_generator if x.size >= LONG and isinstance(rng, np.random.Generator) else None
+    state = None if source is None else source.state
+    key = fresh_key(rng)
+    try:
+        _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
+    except BaseException:
+        if source is not None and state is not None:
+            source.state = state
+        raise
+    return key
+
+
 def _apply(
     x: ArrayLike,
     rate: float,
@@ -300,11 +327,8 @@ def _apply(
     impl: Impl,
     offset: int,
     out: Array | None,
-    scaled: bool = True,
     name: str = "x",
-    always_draw: bool = False,
-) -> tuple[Array, int]:
-    """The result, and the key; without one it is drawn, after everything is checked, where rate (or always) asks."""
+) -> Array:
     x, code = _as_input(x, name)
     rate = _check_rate(rate)
     generator = _check_impl(impl)
@@ -313,27 +337,21 @@ def _apply(
         strides = _mask_strides(x.shape, _mask_shape(x.shape, broadcast_dims))
     if type(offset) is not int or offset != 0:
         offset = _check_offset(offset, x.size)
-    if key is not None:
+    if key is None:
+        key = 0
+        fresh = 0.0 < rate < 1.0
+    else:
         if rng is not None:
             raise TypeError("both key and rng are given; wanted one of them")
         key = _check_key(key)
+        fresh = False
 
-    y = _prepare_out(out, x, (x,), name=name)
-    source: Any = None
-    if key is None and (always_draw or 0.0 < rate < 1.0):
-        if x.size >= LONG and isinstance(rng, np.random.Generator):
-            source = rng.bit_generator
-            state = source.state
-        key = fresh_key(rng)
-    elif key is None:
-        key = 0
-    try:
-        _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
-    except BaseException:
-        if source is not None:
-            source.state = state  # as if no key had been drawn
-        raise
-    return _deliver(y, out), key
+    y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x,), name)
+    if fresh:
+        _drop_by_fresh_key(rng, code, x, y, generator, rate, offset, True, strides)
+    else:
+        _core.dropout(code, x, y, generator, key, rate, offset, True, strides)
+    return _deliver(y, out)
 
 
 def dropout(
@@ -408,7 +426,7 @@ def dropout(
     if deterministic is not False and _flag(deterministic, "deterministic"):
         _check_rate(rate)
         rate = 0.0
-    return _apply(x, rate, key, rng, broadcast_dims, impl, offset, out)[0]
+    return _apply(x, rate, key, rng, broadcast_dims, impl, offset, out)
 
 
 def dropout_backward(
@@ -450,7 +468,7 @@ def dropout_backward(
     """
     if key is None:
         raise TypeError("key is None; wanted the key that the forward pass used")
-    return _apply(dy, rate, key, None, broadcast_dims, impl, offset, out, name="dy")[0]
+    return _apply(dy, rate, key, None, broadcast_dims, impl, offset, out, "dy")
 
 
 def dropout_mask(
@@ -500,11 +518,13 @@ def dropout_mask(
     shape = _integers(shape, "shape")
     if min(shape, default=0) < 0:
         raise ValueError(f"shape is {_shown(shape)}; wanted lengths of 0 or more")
-    if len(shape) > _core.MAX_DIMS or math.prod(n for n in shape if n) >= 1 << 63:
+    n = math.prod(shape) or math.prod(n for n in shape if n)
+    if n >= 1 << 63 or len(shape) > _core.MAX_DIMS:
         raise ValueError(
             f"shape is {_shown(shape)}; wanted at most {_core.MAX_DIMS} dims and fewer than 2**63 elements"
         )
-    shape = _mask_shape(shape, broadcast_dims)
+    if type(broadcast_dims) is not tuple or broadcast_dims:
+        shape = _mask_shape(shape, broadcast_dims)
     rate, key, generator = _check_rate(rate), _check_key(key), _check_impl(impl)
     n = math.prod(shape)
     offset = _check_offset(offset, n)
@@ -518,15 +538,18 @@ def dropout_mask(
 
 
 def _check_axis(axis: int, ndim: int) -> int:
-    axis = _integer(axis, "axis")
+    if type(axis) is not int:
+        axis = _integer(axis, "axis")
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {_shown(axis)}; wanted a dim of an array with {ndim} dims")
     return axis + ndim if axis < 0 else axis
 
 
 def _check_epsilon(epsilon: float) -> float:
+    if type(epsilon) is float and 0.0 <= epsilon < math.inf:
+        return epsilon
     wanted = "a finite number of 0 or more"
-    number = epsilon if type(epsilon) is float else _number(epsilon, "epsilon", wanted)
+    number = _number(epsilon, "epsilon", wanted)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"epsilon is {_shown(epsilon)}; wanted {wanted}")
     return number
@@ -685,7 +708,7 @@ def batch_norm(
     mask = _check_mask(mask, x, axis)
     residual = None if residual is None else _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y = _prepare_out(out, x, (x, residual), (scale, bias, mask))
+    y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x, residual), "x", (scale, bias, mask))
     mean, var = _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y)
     return _deliver(y, out), mean, var
 
@@ -742,7 +765,7 @@ def batch_norm_inference(
     bias = _check_statistic(bias, code, channels, "bias")
     residual = None if residual is None else _check_like(residual, x, "residual")
     epsilon = _check_epsilon(epsilon)
-    y = _prepare_out(out, x, (x, residual), (mean, var, scale, bias))
+    y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x, residual), "x", (mean, var, scale, bias))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
     return _deliver(y, out)
 
@@ -816,7 +839,7 @@ def batch_norm_backward(
     y = _check_like(y, x, "y") if relu and y is not None else None
     epsilon = _check_epsilon(epsilon)
     dresidual = _core.empty_like(x) if relu else None
-    dx = _prepare_out(out, x, (dy, x, y), (mean, var, scale, mask))
+    dx = _core.empty_like(x) if out is None else _prepare_out(out, x, (dy, x, y), "x", (mean, var, scale, mask))
     dscale, dbias = _core.batch_norm_backward(
         code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual
     )

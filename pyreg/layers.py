@@ -3,12 +3,12 @@
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from pyreg import _ops
+from pyreg import _core, _ops
 
 __all__ = ["BatchNorm", "Dropout"]
 
@@ -81,18 +81,6 @@ class Layer:
         return self.train(False)
 
 
-class _DropoutCall(NamedTuple):
-    """What a call of a Dropout has used, for its backward pass."""
-
-    trained: bool
-    shape: tuple[int, ...]
-    rate: float
-    dims: tuple[int, ...]
-    impl: _ops.Impl
-    inverted: bool
-    scaled: bool
-
-
 class Dropout(Layer):
     """Dropout with a fresh mask at each call; the backward pass makes the mask again from its key.
 
@@ -160,7 +148,9 @@ class Dropout(Layer):
         self.inverted = _ops._flag(inverted, "inverted")
         self.rng = rng
         self.key: int | None = None
-        self._last: tuple[_DropoutCall, int | None] | None = None  # and its key
+        # What backward() takes of the last call: was it in training, the shape of x, rate, generator, strides of the
+        # mask, inverted, scaled, key.
+        self._last: tuple[bool, tuple[int, ...], float, int, tuple[int, ...] | None, bool, bool, int] | None = None
 
     @property
     def rng(self) -> np.random.Generator:
@@ -196,24 +186,20 @@ class Dropout(Layer):
         TypeError, ValueError, KeyboardInterrupt
             As :func:`pyreg.dropout`; the layer is then as it was before the call.
         """
-        x, _ = _ops._as_input(x)
-        call = _DropoutCall(
-            _ops._flag(self.training, "training"),
-            x.shape,
-            _ops._check_rate(self.rate),
-            _ops._integers(self._shared_dims(x.ndim), "broadcast_dims"),
-            self.impl,
-            _ops._flag(self.inverted, "inverted"),
-            self._scaled,
-        )
-        if call.trained:
-            y, key = self._drop(x, call, None, self.rng, out, "x")
-            self.key = key
-            self._last = call, key
-        else:
-            _ops._check_impl(call.impl)
-            y = self._evaluate(x, call, out, "x")
-            self._last = call, None
+        x, code = _ops._as_input(x)
+        rate, generator = _ops._check_rate(self.rate), _ops._check_impl(self.impl)
+        dims, strides = self._shared_dims(x.ndim), None
+        if type(dims) is not tuple or dims:
+            strides = _ops._mask_strides(x.shape, _ops._mask_shape(x.shape, dims))
+        inverted, scaled = _ops._flag(self.inverted, "inverted"), self._scaled
+        if not _ops._flag(self.training, "training"):
+            y = self._evaluate(x, inverted, rate, out, "x")
+            self._last = False, x.shape, rate, generator, strides, inverted, scaled, 0
+            return y
+        y = _core.empty_like(x) if out is None else _ops._prepare_out(out, x, (x,))
+        key = _ops._drop_by_fresh_key(self.rng, code, x, y, generator, rate, 0, scaled, strides)
+        y = _ops._deliver(y, out)
+        self._last, self.key = (True, x.shape, rate, generator, strides, inverted, scaled, key), key
         return y
 
     def backward(self, dy: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
@@ -249,11 +235,15 @@ class Dropout(Layer):
         """
         if self._last is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
-        call, key = self._last
-        dy, _ = _ops._as_input(dy, "dy")
-        if dy.shape != call.shape:
-            raise ValueError(f"dy has {dy.ndim} dims, shape {dy.shape}; wanted the shape that x had, {call.shape}")
-        return self._drop(dy, call, key, None, out, "dy")[0] if call.trained else self._evaluate(dy, call, out, "dy")
+        trained, shape, rate, generator, strides, inverted, scaled, key = self._last
+        dy, code = _ops._as_input(dy, "dy")
+        if dy.shape != shape:
+            raise ValueError(f"dy has {dy.ndim} dims, shape {dy.shape}; wanted the shape that x had, {shape}")
+        if not trained:
+            return self._evaluate(dy, inverted, rate, out, "dy")
+        dx = _core.empty_like(dy) if out is None else _ops._prepare_out(out, dy, (dy,), "dy")
+        _core.dropout(code, dy, dx, generator, key, rate, 0, scaled, strides)
+        return _ops._deliver(dx, out)
 
     def _shared_dims(self, ndim: int) -> _ops.Dims:
         """Dims of an input along which the mask is shared; raises if there can be no such input."""
@@ -265,25 +255,14 @@ class Dropout(Layer):
         return self.inverted
 
     @staticmethod
-    def _drop(
-        x: _ops.Array,
-        call: _DropoutCall,
-        key: int | None,
-        rng: np.random.Generator | None,
-        out: _ops.Array | None,
-        name: str,
-    ) -> tuple[_ops.Array, int]:
-        return _ops._apply(x, call.rate, key, rng, call.dims, call.impl, 0, out, call.scaled, name, always_draw=True)
-
-    @staticmethod
-    def _evaluate(x: _ops.Array, call: _DropoutCall, out: _ops.Array | None, name: str) -> _ops.Array:
-        if call.inverted:
+    def _evaluate(x: _ops.Array, inverted: bool, rate: float, out: _ops.Array | None, name: str) -> _ops.Array:
+        if inverted:
             if out is None:
                 return x
             _ops._check_out(out, x, name)
             return _ops._deliver(x, out)
-        y = _ops._prepare_out(out, x, (x,), name=name)
-        np.multiply(x, x.dtype.type(1 - call.rate), out=y)
+        y = _core.empty_like(x) if out is None else _ops._prepare_out(out, x, (x,), name)
+        np.multiply(x, x.dtype.type(1 - rate), out=y)
         return _ops._deliver(y, out)
 
     def spawn(self, n: int) -> list[Self]:
@@ -396,20 +375,6 @@ class Dropout(Layer):
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._settings)})"
 
 
-class _BatchNormCall(NamedTuple):
-    """What a call of a BatchNorm has used, for its backward pass; parameters and running statistics are copies."""
-
-    trained: bool
-    x: _ops.Array
-    mask: ArrayLike | None
-    mean: _ops.Array
-    var: _ops.Array
-    scale: _ops.Array | None
-    dtypes: dict[str, np.dtype[Any]]  # of the parameters
-    axis: int
-    epsilon: float
-
-
 class BatchNorm(Layer):
     """Batch-norm with running statistics: by the batch's own in training, by the running ones in evaluation.
 
@@ -475,7 +440,8 @@ class BatchNorm(Layer):
             dtype = np.dtype(dtype)
         except Exception:
             raise TypeError(f"dtype is {_ops._shown(dtype)}; wanted a float dtype") from None
-        _check_float(dtype, "dtype is")
+        if not _is_float(dtype):
+            raise TypeError(f"dtype is {dtype}; wanted a float dtype")
         if not 0 <= self.num_features < 2**63 // dtype.itemsize:
             raise ValueError(f"num_features is {_ops._shown(num_features)}; wanted the length of an array")
         self.axis = _ops._integer(axis, "axis")
@@ -487,7 +453,9 @@ class BatchNorm(Layer):
         self.mean: _ops.Array = np.zeros(self.num_features, dtype)
         self.var: _ops.Array = np.ones(self.num_features, dtype)
         self.grads: dict[str, _ops.Array] = {}
-        self._saved: _BatchNormCall | None = None
+        # What backward() takes of the last call: was it in training, x, mask, mean, var, scale (a copy, as are mean and
+        # var of evaluation), the dtypes of scale and bias, axis and epsilon.
+        self._saved: tuple[bool, _ops.Array, Any, _ops.Array, _ops.Array, Any, tuple[Any, Any], Any] | None = None
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> _ops.Array:
         """Batch-norm of ``x``; in training the running statistics take a step.
@@ -509,29 +477,28 @@ class BatchNorm(Layer):
         TypeError, ValueError, KeyboardInterrupt
             As :func:`pyreg.batch_norm`; the layer is then as it was before the call.
         """
-        x, _ = _ops._as_input(x)
+        x, code = _ops._as_input(x)
         axis = _ops._check_axis(self.axis, x.ndim)
-        if x.shape[axis] != self.num_features:
-            raise ValueError(f"x has {x.shape[axis]} channels in dim {self.axis}; wanted {self.num_features}")
-        epsilon = _ops._check_epsilon(self.epsilon)
-        scale = None if self.scale is None else _ops._as_array(self.scale, "scale")
-        bias = None if self.bias is None else _ops._as_array(self.bias, "bias")
-        dtypes = {name: a.dtype for name, a in (("scale", scale), ("bias", bias)) if a is not None}
-        kept_scale = None if scale is None else scale.copy()
-        options: Any = {"axis": axis, "epsilon": epsilon}
+        channels = x.shape[axis]
+        if channels != self.num_features:
+            raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {self.num_features}")
+        options: Any = {"axis": axis, "epsilon": _ops._check_epsilon(self.epsilon)}
+        scale, bias = self._array("scale"), self._array("bias")
+        saved = None if scale is None else scale.copy()
+        dtypes = None if scale is None else scale.dtype, None if bias is None else bias.dtype
         if not _ops._flag(self.training, "training"):
             if mask is not None:
                 _ops._seen_in(x, _ops._as_array(mask, "mask"))
-            mean, var = (_ops._as_array(getattr(self, name), name).copy() for name in ("mean", "var"))
+            mean, var = self._array("mean").copy(), self._array("var").copy()
             y = _ops.batch_norm_inference(x, mean, var, scale, bias, **options)
-            self._saved = _BatchNormCall(False, x, None, mean, var, kept_scale, dtypes, axis, epsilon)
+            self._saved = False, x, None, mean, var, saved, dtypes, options
             return y
         momentum = _check_momentum(self.momentum)
-        old_mean, old_var = self._running("mean"), self._running("var")
+        old_mean, old_var = self._running("mean", code, channels), self._running("var", code, channels)
         y, mean, var = _ops.batch_norm(x, scale, bias, mask=mask, **options)
-        saved = _BatchNormCall(True, x, mask, mean, var, kept_scale, dtypes, axis, epsilon)
         new_mean, new_var = _step(momentum, old_mean, mean), _step(momentum, old_var, var)
-        self._saved, self.mean, self.var = saved, new_mean, new_var
+        self._saved = True, x, mask, mean, var, saved, dtypes, options
+        self.mean, self.var = new_mean, new_var
         return y
 
     def backward(self, dy: ArrayLike) -> _ops.Array:
@@ -565,8 +532,7 @@ class BatchNorm(Layer):
         """
         if self._saved is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
-        trained, x, mask, mean, var, scale, dtypes, axis, epsilon = self._saved
-        options: Any = {"axis": axis, "epsilon": epsilon}
+        trained, x, mask, mean, var, scale, dtypes, options = self._saved
         if trained:
             dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, scale, mask=mask, **options)
         else:  # the statistics are constants
@@ -574,22 +540,31 @@ class BatchNorm(Layer):
             dx = _ops.batch_norm_inference(g, np.zeros_like(mean), var, scale, **options)
             wide = x.astype(np.float32) if x.itemsize == 2 else x
             xhat = _ops.batch_norm_inference(wide, mean, var, **options).astype(np.float64)
-            others = tuple(d for d in range(x.ndim) if d != axis)
+            others = tuple(d for d in range(x.ndim) if d != options["axis"])
             with np.errstate(all="ignore"):  # NaN and Inf stay in their channel, in silence as in training
                 dscale, dbias = (g * xhat).sum(others), g.sum(others, dtype=np.float64)
-        with np.errstate(all="ignore"):
-            grads = {"scale": dscale, "bias": dbias}
-            self.grads = {
-                name: grads[name].astype(dtype if _is_float(dtype) else grads[name].dtype, copy=False)
-                for name, dtype in dtypes.items()
-            }
+        grads = {}
+        if dtypes[0] is not None:
+            grads["scale"] = _cast(dscale, dtypes[0])
+        if dtypes[1] is not None:
+            grads["bias"] = _cast(dbias, dtypes[1])
+        self.grads = grads
         return dx
 
-    def _running(self, name: str) -> _ops.Array:
+    def _array(self, name: str) -> Any:
+        """A parameter or statistic as an array; None stays None, which is for functions to refuse."""
+        value = getattr(self, name)
+        return value if value is None or type(value) is np.ndarray else _ops._as_array(value, name)
+
+    def _running(self, name: str, code: int, channels: int) -> _ops.Array:
         """A running statistic that can take a step."""
-        value = _ops._as_array(getattr(self, name), name)
-        _ops._check_channels(value, self.num_features, name)
-        _check_float(value.dtype, f"{name} has dtype")
+        value = getattr(self, name)
+        if _core.is_statistic(value, code, channels):
+            return value  # type: ignore[no-any-return]
+        value = _ops._as_array(value, name)
+        _ops._check_channels(value, channels, name)
+        if not _is_float(value.dtype):
+            raise TypeError(f"{name} has dtype {value.dtype}; wanted a float dtype")
         return value
 
     def state_dict(self) -> dict[str, _ops.Array]:
@@ -656,6 +631,8 @@ class BatchNorm(Layer):
 
 
 def _check_momentum(momentum: float) -> float:
+    if type(momentum) is float and 0.0 <= momentum <= 1.0:
+        return momentum
     wanted = "a weight of the old value in [0, 1]"
     number = _ops._number(momentum, "momentum", wanted)
     if not 0.0 <= number <= 1.0:
@@ -667,14 +644,18 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
-def _check_float(dtype: np.dtype[Any], what: str) -> None:
-    if not _is_float(dtype):
-        raise TypeError(f"{what} {dtype}; wanted a float dtype")
+def _cast(gradient: _ops.Array, dtype: np.dtype[Any]) -> _ops.Array:
+    """A gradient in the dtype of its parameter."""
+    if gradient.dtype == dtype or not _is_float(dtype):
+        return gradient
+    with np.errstate(all="ignore"):
+        return gradient.astype(dtype)
 
 
 def _step(momentum: float, old: _ops.Array, new: _ops.Array) -> _ops.Array:
     """A running statistic after a batch."""
-    return (momentum * old + (1 - momentum) * new).astype(old.dtype, copy=False)
+    stepped = momentum * old + (1 - momentum) * new
+    return stepped if stepped.dtype == old.dtype else stepped.astype(old.dtype)
 
 
 _STATE = ("scale", "bias", "mean", "var")
