@@ -61,7 +61,7 @@ def _number(value: Any, name: str, wanted: str) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} is {_shown(value)}; wanted {wanted}") from None
-    except (TypeError, ValueError):
+    except Exception:  # also what its own methods raise
         raise TypeError(f"{name} is {_kind(value)}; wanted {wanted}") from None
 
 
@@ -73,7 +73,7 @@ def _integer(value: Any, name: str, wanted: str = "an int") -> int:
         if isinstance(value, (bool, np.ma.MaskedArray)):
             raise TypeError
         return operator.index(value)
-    except TypeError:
+    except Exception:
         raise TypeError(f"{name} is {_kind(value)}; wanted {wanted}") from None
 
 
@@ -228,6 +228,10 @@ def _generator(rng: Any) -> np.random.Generator:
     if type(rng) is np.random.Generator:
         return rng
     try:
+        if hasattr(rng, "__len__"):  # several seeds; NumPy overflows its stack on a list in itself or a matrix
+            rng = _as_array(rng, "rng")
+            if rng.ndim != 1:
+                raise TypeError
         return np.random.default_rng(rng)
     except Exception as error:
         raise _error_like(error)(f"rng is {_shown(rng)}; wanted an int or a numpy.random.Generator") from error
@@ -281,11 +285,13 @@ def _check_offset(offset: int, size: int) -> int:
 
 def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Index steps of the mask for each dim of shape, 0 where it is broadcast."""
-    strides, step = [], 1
-    for length, mask_length in zip(reversed(shape), reversed(mask_shape), strict=True):
-        strides.append(step if mask_length == length else 0)
-        step *= mask_length
-    return tuple(reversed(strides))
+    strides, step = [0] * len(shape), 1
+    for dim in range(len(shape) - 1, -1, -1):
+        length = mask_shape[dim]
+        if length == shape[dim]:
+            strides[dim] = step
+        step *= length
+    return tuple(strides)
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------

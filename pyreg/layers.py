@@ -297,8 +297,8 @@ class Dropout(Layer):
         False
         """
         n = _ops._integer(n, "n")
-        if n < 0:
-            raise ValueError(f"n is {_ops._shown(n)}; wanted 0 or more")
+        if not 0 <= n < 1 << 63:
+            raise ValueError(f"n is {_ops._shown(n)}; wanted how many layers to make")
         rngs = [None] * n if self._seeded_in is not None else self.rng.spawn(n)
         layers = [copy.copy(self) for _ in rngs]
         for layer, rng in zip(layers, rngs, strict=True):
@@ -480,8 +480,8 @@ class BatchNorm(Layer):
         x, code = _ops._as_input(x)
         axis = _ops._check_axis(self.axis, x.ndim)
         channels = x.shape[axis]
-        if channels != self.num_features:
-            raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {self.num_features}")
+        if channels != _ops._integer(self.num_features, "num_features"):
+            raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {_ops._shown(self.num_features)}")
         options: Any = {"axis": axis, "epsilon": _ops._check_epsilon(self.epsilon)}
         scale, bias = self._array("scale"), self._array("bias")
         saved = None if scale is None else scale.copy()
@@ -489,7 +489,7 @@ class BatchNorm(Layer):
         if not _ops._flag(self.training, "training"):
             if mask is not None:
                 _ops._seen_in(x, _ops._as_array(mask, "mask"))
-            mean, var = self._array("mean").copy(), self._array("var").copy()
+            mean, var = _ops._as_array(self.mean, "mean").copy(), _ops._as_array(self.var, "var").copy()
             y = _ops.batch_norm_inference(x, mean, var, scale, bias, **options)
             self._saved = False, x, None, mean, var, saved, dtypes, options
             return y
@@ -552,7 +552,7 @@ class BatchNorm(Layer):
         return dx
 
     def _array(self, name: str) -> Any:
-        """A parameter or statistic as an array; None stays None, which is for functions to refuse."""
+        """A parameter as an array; None stays None."""
         value = getattr(self, name)
         return value if value is None or type(value) is np.ndarray else _ops._as_array(value, name)
 

@@ -16,6 +16,7 @@ import threadpoolctl
 from common import ISAS, in_threads, python, same
 
 import pyreg
+from pyreg import _core
 
 KEY = 12345
 LARGE = 4_000_000  # enough for several threads
@@ -201,7 +202,7 @@ def test_interrupt(threads, count):
         timer = threading.Timer(0.3, send)
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            pyreg.dropout(x, 0.1, key=1, out=out)
+            _core.dropout(_core.F32, x, out, _core.PHILOX, 1, 0.1, 0, True, None)
     finally:
         signal.signal(signal.SIGINT, old)
     late = time.perf_counter() - sent[0]
