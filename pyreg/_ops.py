@@ -228,10 +228,11 @@ def _generator(rng: Any) -> np.random.Generator:
     if type(rng) is np.random.Generator:
         return rng
     try:
-        if hasattr(rng, "__len__"):  # several seeds; NumPy overflows its stack on a list in itself or a matrix
-            rng = _as_array(rng, "rng")
-            if rng.ndim != 1:
+        if hasattr(rng, "__len__"):  # several seeds
+            seeds = _as_array(rng, "rng")
+            if seeds.ndim != 1:  # NumPy overflows its stack on a list in itself, or a matrix
                 raise TypeError
+            return np.random.default_rng(seeds)
         return np.random.default_rng(rng)
     except Exception as error:
         raise _error_like(error)(f"rng is {_shown(rng)}; wanted an int or a numpy.random.Generator") from error

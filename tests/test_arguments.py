@@ -2,7 +2,9 @@
 
 import inspect
 import re
+import tempfile
 import warnings
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -313,3 +315,374 @@ def test_functions_with_anything(pair, value):
         accepts_or_names(
             lambda: function(**given), *{"x": ("x", "axis", "channels"), "dy": ("dy", "x")}.get(name, (name,))
         )
+
+
+# ---- out= ----------------------------------------------------------------------------------------------------------
+
+
+def strided(memory, shape, steps, start=0):
+    return np.lib.stride_tricks.as_strided(memory[start:], shape, [step * memory.itemsize for step in steps])
+
+
+def places(shape, steps):
+    """Where each element lies."""
+    return [sum(i * step for i, step in zip(index, steps, strict=True)) for index in np.ndindex(*shape)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-12, 12)), max_size=4))
+def test_out_that_overlaps_itself_is_refused(dims):
+    shape, steps = [n for n, _ in dims], [step for _, step in dims]
+    memory = np.zeros(400, F32)
+    out, x = strided(memory, shape, steps, 200), normal(shape, F32)
+    where = places(shape, steps)
+    if len(set(where)) < len(where):
+        with pytest.raises(ValueError, match="elements that share memory"):
+            pyreg.dropout(x, 0.5, key=1, out=out)
+        assert not memory.any()
+    else:
+        assert pyreg.dropout(x, 0.5, key=1, out=out) is out
+        assert same(out, pyreg.dropout(x, 0.5, key=1))
+        assert np.count_nonzero(memory) <= len(where)
+
+
+def test_elements_that_share_some_bytes():
+    memory = np.zeros(100, np.uint8)
+    for step, good in ((3, False), (4, True), (5, True), (-3, False), (-5, True)):
+        out = np.ndarray((5,), F32, memory, 40, (step,))
+        if good:
+            assert same(
+                pyreg.dropout(X[:, 0].repeat(2)[:5], 0.5, key=1, out=out).copy(),
+                pyreg.dropout(X[:, 0].repeat(2)[:5], 0.5, key=1),
+            )
+        else:
+            with pytest.raises(ValueError, match="share memory"):
+                pyreg.dropout(np.ones(5, F32), 0.5, key=1, out=out)
+
+
+def test_interleaved_dims_share_nothing():
+    """Rows that begin between the elements of others: 0 2 4 | 3 5 7 | 6 8 10 | 9 11 13."""
+    out = strided(np.zeros(20, F32), (4, 3), (3, 2))
+    assert same(pyreg.dropout(X, 0.5, key=1, out=out).copy(), pyreg.dropout(X, 0.5, key=1))
+    with pytest.raises(ValueError, match="share memory"):
+        pyreg.dropout(X, 0.5, key=1, out=strided(np.zeros(20, F32), (4, 3), (4, 2)))
+
+
+@pytest.mark.parametrize("function", [pyreg.batch_norm, pyreg.batch_norm_inference, pyreg.batch_norm_backward])
+def test_every_function_refuses_it(function):
+    out = strided(np.zeros(6, F32), (4, 3), (1, 1))
+    for name in ("out", "x"):  # also in place
+        given = {**FUNCTIONS[function], "out": out, **({"x": out} if name == "x" else {})}
+        with pytest.raises(ValueError, match="elements that share memory"):
+            function(**given)
+    assert not out.any()
+
+
+VALUES = ["scale", "bias", "mean", "var"]
+ALIASES = {
+    pyreg.dropout: ["x"],
+    pyreg.dropout_backward: ["dy"],
+    pyreg.batch_norm: ["x", "scale", "bias", "residual"],
+    pyreg.batch_norm_inference: ["x", "mean", "var", "scale", "bias", "residual"],
+    pyreg.batch_norm_backward: ["dy", "x", "mean", "var", "scale", "y"],
+}
+
+
+@given(st.sampled_from(list(ALIASES)), st.sampled_from([(4, 3), (40, 1), (1, 6), (300, 5)]), st.data())
+def test_out_may_overlap_every_operand(function, shape, data):
+    """As with a copy of the memory, in which everything lies where it did."""
+    starts = {name: data.draw(st.integers(0, 2 * np.prod(shape))) for name in [*ALIASES[function], "out"]}
+    flips = {name: data.draw(st.sampled_from([1, -1])) for name in starts}
+    memory = np.abs(normal(4 * np.prod(shape) + 10, F32)) + F32(0.5)
+
+    def views(memory):
+        for name, start in starts.items():
+            array = memory[start:][: shape[-1]] if name in VALUES else memory[start:][: np.prod(shape)].reshape(shape)
+            yield name, array[:: flips[name]]
+
+    options = {"key": 5} if function in (pyreg.dropout, pyreg.dropout_backward) else {}
+    if "residual" in starts or "y" in starts:
+        options["activation"] = "relu"
+    apart = dict(views(memory.copy()))
+    del apart["out"]
+    want = function(**apart, **options)
+    given = dict(views(memory))
+    got = function(**given, **options)
+    want, got = (r if isinstance(r, tuple) else (r,) for r in (want, got))
+    assert got[0] is given["out"]
+    assert all(same(np.ascontiguousarray(g), w) for g, w in zip(got, want, strict=True))
+    assert not any(np.shares_memory(g, memory) for g in got[1:])
+
+
+def test_out_may_overlap_the_mask():
+    for start in range(13):
+        memory = np.zeros(64, np.uint8)
+        mask = memory[start:][:12].view(bool).reshape(4, 3)
+        mask[...] = [[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1]]
+        want = pyreg.batch_norm(X, mask=mask.copy())
+        back = pyreg.batch_norm_backward(X, X, *want[1:], mask=mask.copy())
+        kept = memory.copy()
+        for function, others, results in (
+            (pyreg.batch_norm, {"x": X}, want),
+            (pyreg.batch_norm_backward, {"dy": X, "x": X, "mean": want[1], "var": want[2]}, back),
+        ):
+            memory[...] = kept
+            got = function(**others, mask=mask, out=memory[:48].view(F32).reshape(4, 3))
+            assert all(same(g, w) for g, w in zip(got, results, strict=True))
+
+
+def test_in_place_by_a_view_needs_no_copy():
+    memory = normal((64, 9), F32)
+    want = pyreg.dropout(memory, 0.5, key=1)
+    assert _core.can_write(memory[:, ::2], memory[:, ::2], (memory[:, ::2],), ())
+    assert _core.can_write(memory.T, memory.T, (memory.T,), (np.ones(3, F32), None))
+    assert not _core.can_write(memory, memory, (memory,), (memory[0],))
+    pyreg.dropout(memory[:, :], 0.5, key=1, out=memory)
+    assert same(memory, want)
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=lambda make: make.__name__)
+def test_layers_refuse_an_out_that_overlaps_itself(make):
+    x, options = INPUTS[make]
+    out = np.lib.stride_tricks.as_strided(np.zeros(x.size, F32), x.shape, (4,) * x.ndim)
+    for training in (True, False):
+        for inverted in (True, False):
+            layer = make(**options, inverted=inverted).train(training)
+            layer(x)
+            for call in (layer, layer.backward):
+                with pytest.raises(ValueError, match="elements that share memory"):
+                    call(x, out=out)
+    assert not out.any()
+
+
+# ---- What is like an array -----------------------------------------------------------------------------------------
+
+MASKED = np.ma.masked_greater(np.array([[1.0], [2.0], [3.0], [1e9]], F32), 1e8)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [p for p in ARGUMENTS if p[0] is not pyreg.show_config],
+    ids=lambda a: getattr(a, "__name__", a),
+)
+def test_masked_arrays_are_refused(function, name):
+    given = {**FUNCTIONS[function], name: np.ma.masked_greater(FUNCTIONS[function].get(name, X), 0)}
+    if name == "rng":
+        del given["key"]
+    if name == "y":
+        given["activation"] = "relu"
+    wanted = ValueError if name in ("impl", "activation") else TypeError
+    with pytest.raises(wanted, match=name):
+        function(**given)
+
+
+def test_masked_arrays_can_be_given_in_parts():
+    with pytest.raises(TypeError, match=r"wanted a plain one: x\.filled\(value\), and for batch-norm mask=~numpy\.ma"):
+        pyreg.batch_norm(MASKED)
+    mean = pyreg.batch_norm(MASKED.filled(0), mask=~np.ma.getmaskarray(MASKED))[1]
+    assert mean == 2
+    with pytest.raises(TypeError, match="x is a masked array, or has one in it"):
+        pyreg.BatchNorm(1)(list(MASKED))
+    for layer in (pyreg.BatchNorm(1), pyreg.BatchNorm(1).eval(), pyreg.Dropout(), pyreg.Dropout().eval()):
+        with pytest.raises(TypeError, match="x is a masked array"):
+            layer(MASKED)
+    with pytest.raises(TypeError, match="out is a MaskedArray"):
+        pyreg.dropout(np.ones((4, 1), F32), out=MASKED.copy())
+
+
+class By:
+    """An array, known by one protocol alone."""
+
+    def __init__(self, array, *protocol):
+        self.array, self.protocol = array, protocol
+
+    def __getattr__(self, name):
+        if name != "protocol" and name in self.protocol:
+            return getattr(self.array, name)
+        raise AttributeError(name)
+
+
+class ByArray:
+    def __array__(self, dtype=None, copy=None):
+        return X
+
+
+class ByDlpack:
+    def __dlpack__(self, **options):
+        return X.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return X.__dlpack_device__()
+
+
+def from_pandas(rows):
+    return pytest.importorskip("pandas").DataFrame(rows)
+
+
+def from_xarray(rows):
+    return pytest.importorskip("xarray").DataArray(rows)
+
+
+def from_torch(rows):
+    return pytest.importorskip("torch").tensor(rows)
+
+
+def from_jax(rows):
+    return pytest.importorskip("jax").numpy.asarray(rows)
+
+
+def on_disk(rows):
+    with tempfile.TemporaryFile() as file:
+        array = np.memmap(file, rows.dtype, "w+", shape=rows.shape)
+        array[...] = rows
+        return array
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        from_pandas,
+        from_xarray,
+        from_torch,
+        from_jax,
+        on_disk,
+        memoryview,
+        lambda rows: rows.view(np.matrix),
+        lambda rows: np.rec.fromarrays([rows, rows], names="a,b").a,
+        lambda rows: By(rows, "__array_interface__"),
+        lambda rows: By(rows, "__array_struct__"),
+        lambda rows: ByArray(),
+        lambda rows: ByDlpack(),
+        lambda rows: [[F32(n) for n in row] for row in rows],
+        lambda rows: [row for row in rows],
+    ],
+)
+def test_arrays_of_others(make):
+    x = make(X)
+    for function in (pyreg.dropout, pyreg.dropout_backward):
+        got, want = function(x, 0.5, key=1), function(X, 0.5, key=1)
+        assert type(got) is np.ndarray
+        assert same(got, want)
+    for got, want in zip(pyreg.batch_norm(x, residual=x), pyreg.batch_norm(X, residual=X), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)  # another layout has another order of sums
+    assert same(pyreg.batch_norm_inference(x, V, V, residual=x), pyreg.batch_norm_inference(X, V, V, residual=X))
+    assert same(pyreg.BatchNorm(3).eval()(x), pyreg.BatchNorm(3).eval()(X))
+    layer = pyreg.Dropout(0.5, rng=0)
+    assert same(layer(x), layer.backward(x))
+    out = on_disk(X)
+    assert pyreg.dropout(x, 0.5, key=1, out=out) is out
+    assert (out == pyreg.dropout(X, 0.5, key=1)).all()
+
+
+def test_values_of_others():
+    pandas = pytest.importorskip("pandas")
+    want = pyreg.batch_norm(X, V, V)[0]
+    for values in (pandas.Series(V), V.tolist(), V.astype(int), V.astype(">f8"), V.repeat(2)[::2], memoryview(V)):
+        assert same(pyreg.batch_norm(X, values, values)[0], want)
+    mask = np.arange(4)[:, None] > 1
+    assert same(pyreg.batch_norm(X, mask=pandas.DataFrame(mask))[0], pyreg.batch_norm(X, mask=mask)[0])
+    with pytest.raises(TypeError, match="scale has dtype bool; wanted real numbers"):
+        pyreg.batch_norm(X, V > 0)
+    with pytest.raises(TypeError, match="x has dtype object"):
+        pyreg.batch_norm(pandas.DataFrame(X).astype("Float32").mask(X > 0))
+
+
+def test_tensors_that_numpy_does_not_read():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(
+        (TypeError, ValueError), match=r"x is of type Tensor, of which NumPy makes no array .*detach\(\)"
+    ):
+        pyreg.dropout(torch.ones(3, requires_grad=True))
+    with pytest.raises((TypeError, ValueError), match=r"scale is of type Tensor, .*BFloat16"):
+        pyreg.batch_norm(X, torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_arrays_and_keys_of_jax():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(X, "bfloat16")
+    assert same(pyreg.dropout(x, 0.5, key=1), pyreg.dropout(np.asarray(x), 0.5, key=1))
+    key = jax.random.key(3)
+    with pytest.raises((TypeError, ValueError), match=r"key is of type .*jax\.random\.key_data"):
+        pyreg.dropout(X, 0.5, key=key)
+    assert same(pyreg.dropout(X, key=jax.random.key_data(key)), pyreg.dropout(X, key=3))
+
+
+# ---- What is said --------------------------------------------------------------------------------------------------
+
+SAID = [
+    (pyreg.dropout, {"x": [[1.0], [2.0, 3.0]]}, ValueError, "x is of type list, of which NumPy makes no array"),
+    (pyreg.dropout, {"rate": True}, TypeError, r"rate is of type bool; wanted a probability of dropping in \[0, 1\]"),
+    (pyreg.dropout, {"rate": "0.5"}, TypeError, "rate is of type str"),
+    (pyreg.dropout, {"rate": np.array([0.5])}, TypeError, "rate is of type ndarray"),
+    (pyreg.dropout, {"rate": 10**400}, ValueError, r"rate is 10000.*\.\.\.; wanted"),
+    (pyreg.dropout, {"rate": None}, TypeError, "rate is None; wanted"),
+    (pyreg.dropout, {"key": 10**30}, ValueError, r"key is 10+; wanted an int in \[0, 2\*\*64\)"),
+    (pyreg.dropout, {"key": True}, TypeError, "key is bool"),
+    (pyreg.dropout, {"offset": 2**200}, ValueError, "offset is 16069.*; wanted an int in"),
+    (pyreg.dropout, {"offset": "0"}, TypeError, "offset is of type str; wanted an int"),
+    (pyreg.dropout, {"deterministic": "no"}, TypeError, "deterministic is of type str; wanted True or False"),
+    (pyreg.dropout, {"key": None, "rng": "no"}, TypeError, "rng is 'no'; wanted an int or a numpy.random.Generator"),
+    (pyreg.dropout, {"key": None, "rng": -1}, ValueError, "rng is -1; wanted"),
+    (pyreg.dropout, {"broadcast_dims": None}, TypeError, "broadcast_dims is None; wanted an int or a sequence of ints"),
+    (pyreg.dropout, {"broadcast_dims": "0"}, TypeError, "broadcast_dims is of type str"),
+    (
+        pyreg.dropout,
+        {"broadcast_dims": (0.5,)},
+        TypeError,
+        "an element of broadcast_dims is of type float; wanted an int",
+    ),
+    (pyreg.dropout, {"broadcast_dims": 10**400}, ValueError, "broadcast_dims has 1000"),
+    (pyreg.dropout_mask, {"shape": (2**40, 2**40)}, ValueError, "shape is .*; wanted at most 64 dims and fewer than 2"),
+    (pyreg.dropout_mask, {"shape": (0, 2**63)}, ValueError, "shape is .*; wanted at most 64 dims and fewer than 2"),
+    (pyreg.dropout_mask, {"shape": (1,) * 65, "packed": True}, ValueError, "shape is .*; wanted at most 64 dims"),
+    (pyreg.dropout_mask, {"shape": 2.5}, TypeError, "shape is of type float; wanted an int or a sequence of ints"),
+    (pyreg.dropout_mask, {"packed": "no"}, TypeError, "packed is of type str"),
+    (pyreg.batch_norm, {"axis": (0,)}, TypeError, "axis is of type tuple; wanted an int"),
+    (pyreg.batch_norm, {"axis": 10**400}, ValueError, "axis is 1000"),
+    (pyreg.batch_norm, {"epsilon": 10**400}, ValueError, r"epsilon is 1000.*; wanted a finite number of 0 or more"),
+    (pyreg.batch_norm, {"activation": ["relu"]}, ValueError, r"activation is \['relu'\]; wanted None or 'relu'"),
+    (pyreg.batch_norm, {"scale": "a"}, ValueError, r"scale has shape \(\)"),
+    (pyreg.batch_norm_backward, {"dy": None}, TypeError, "dy is None; wanted an array"),
+    (pyreg.batch_norm_backward, {"x": None}, TypeError, "x is None; wanted an array"),
+    (pyreg.BatchNorm, {"num_features": -1}, ValueError, "num_features is -1"),
+    (pyreg.BatchNorm, {"num_features": 2**62}, ValueError, "num_features is 4611686018427387904"),
+    (pyreg.BatchNorm, {"num_features": 2.5}, TypeError, "num_features is of type float; wanted an int"),
+    (pyreg.BatchNorm, {"num_features": 3, "dtype": int}, TypeError, "dtype is int64; wanted a float dtype"),
+    (pyreg.BatchNorm, {"num_features": 3, "dtype": "no"}, TypeError, "dtype is 'no'; wanted a float dtype"),
+    (pyreg.BatchNorm, {"num_features": 3, "momentum": np.nan}, ValueError, "momentum is nan; wanted a weight"),
+    (pyreg.BatchNorm, {"num_features": 3, "use_bias": "no"}, TypeError, "use_bias is of type str"),
+    (pyreg.Dropout, {"inverted": None}, TypeError, "inverted is None; wanted True or False"),
+    (pyreg.DropPath, {"rate": 0.5, "scale_by_keep": 2}, TypeError, "scale_by_keep is of type int"),
+]
+
+
+@pytest.mark.parametrize(("function", "change", "error", "message"), SAID)
+def test_messages(function, change, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        function(**{**FUNCTIONS.get(function, {}), **change})
+
+
+def test_forms_of_numbers():
+    want = pyreg.dropout(X, 0.5, key=1, broadcast_dims=(0,))
+    for rate in (F32(0.5), np.array(0.5), np.float16(0.5), Fraction(1, 2)):
+        assert same(pyreg.dropout(X, rate, key=np.int8(1), broadcast_dims=np.int64(0)), want)
+    for dims in (0, (0, 0), (0, -2), [0], {0}, range(1), np.array([0]), np.array(0), (np.int8(-2),)):
+        assert same(pyreg.dropout(X, 0.5, key=1, broadcast_dims=dims), want)
+        assert pyreg.dropout_mask((4, 3), 0.5, key=1, broadcast_dims=dims).shape == (1, 3)
+    want = pyreg.dropout_mask((4, 3), 0.5, key=1)
+    for shape in ([4, 3], np.array([4, 3]), (np.int64(4), np.uint8(3))):
+        assert same(pyreg.dropout_mask(shape, 0.5, key=1, packed=0), want)
+    assert same(pyreg.dropout_mask(np.int64(12), 0.5, key=1), want.ravel())
+    assert same(pyreg.dropout(X, 0.5, deterministic=np.True_), X)
+    assert same(pyreg.batch_norm(X, axis=np.int64(1), epsilon=np.array(1e-5))[0], pyreg.batch_norm(X)[0])
+
+
+def test_a_packed_mask_needs_its_own_memory_only(monkeypatch):
+    asked = []
+    empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: asked.append(shape) or empty(shape, dtype))
+    assert pyreg.dropout_mask((100, 81), 0.5, key=1, packed=True).shape == (1013,)
+    assert asked == [1013]
+    with pytest.raises(MemoryError):
+        pyreg.dropout_mask(2**62, key=1)
+    with pytest.raises(MemoryError):
+        pyreg.dropout_mask((2**62, 1), key=1, packed=True)
