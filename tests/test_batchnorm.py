@@ -805,3 +805,161 @@ def test_layer_errors():
 
 def test_layer_repr():
     assert repr(pyreg.BatchNorm(3)) == "BatchNorm(3, axis=-1, momentum=0.99, epsilon=1e-05)"
+
+
+def _scale_step(layer):
+    layer.scale -= 0.5
+
+
+def _running_step(layer):
+    layer.mean += 3
+    layer.var *= 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _scale_step,
+        _running_step,
+        lambda layer: setattr(layer, "scale", None),
+        lambda layer: setattr(layer, "bias", None),
+        lambda layer: setattr(layer, "mean", np.ones(7)),
+        lambda layer: setattr(layer, "epsilon", 9.0),
+        lambda layer: setattr(layer, "axis", 0),
+        lambda layer: setattr(layer, "training", not layer.training),
+        lambda layer: layer.load_state_dict({"scale": V, "bias": V, "mean": V, "var": V}),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_backward_takes_the_settings_of_its_call(change, training):
+    x, dy = normal((3, 4, 3), F32), normal((3, 4, 3), F32, 1)
+    layers = [pyreg.BatchNorm(3, axis=2, epsilon=1e-2).train(training) for _ in range(2)]
+    for layer in layers:
+        layer.scale[:], layer.bias[:] = parameters(3, F32)
+        layer(x)
+    change(layers[1])
+    (dx, grads), (got, got_grads) = ((layer.backward(dy), layer.grads) for layer in layers)
+    assert same(got, dx)
+    assert set(got_grads) == {"scale", "bias"}
+    assert all(same(got_grads[name], grads[name]) for name in grads)
+    scale = parameters(3, F32)[0]
+    if training:
+        close(dx, reference.batch_norm_backward(dy, x, scale, axis=2, epsilon=1e-2)[0], 1e-6)
+    else:
+        close(dx, dy * (scale / np.sqrt(1.01)).astype(np.float64), 1e-6)
+
+
+LAYER_FAULTS = [
+    ({}, {"x": X.astype(int)}, TypeError, "x has dtype int64"),
+    ({}, {"x": X[:, :2]}, ValueError, "x has 2 channels in dim -1; wanted 3"),
+    ({}, {"x": X[:0]}, ValueError, "at least one element"),
+    ({}, {"x": X, "mask": X > 9}, ValueError, "mask is all false"),
+    ({}, {"x": X, "mask": "no"}, TypeError, "mask has dtype <U2; wanted bool"),
+    ({"scale": np.ones(4)}, {"x": X}, ValueError, r"scale has shape \(4,\); x has 3 channels"),
+    ({"mean": np.ones(1)}, {"x": X}, ValueError, r"mean has shape \(1,\); x has 3 channels"),
+    ({"var": np.ones((4, 3))}, {"x": X}, ValueError, r"var has shape \(4, 3\); x has 3 channels"),
+    ({"var": None}, {"x": X}, TypeError, "var is None"),
+    ({"mean": np.zeros(3, int)}, {"x": X}, TypeError, "mean has dtype int64; wanted a float dtype"),
+    ({"momentum": 2}, {"x": X}, ValueError, r"momentum is 2; wanted a weight of the old value in \[0, 1\]"),
+    ({"epsilon": -1}, {"x": X}, ValueError, "epsilon is -1; wanted"),
+    ({"axis": 2}, {"x": X}, ValueError, "axis is 2; wanted a dim of an array with 2 dims"),
+    ({"training": "no"}, {"x": X}, TypeError, "training is of type str"),
+]
+
+
+@pytest.mark.parametrize(("setting", "arguments", "error", "message"), LAYER_FAULTS)
+def test_layer_call_that_raises_changes_nothing(setting, arguments, error, message):
+    x = normal((4, 3), F32)
+    layer = pyreg.BatchNorm(3)
+    layer(x)
+    dx, state, grads = layer.backward(x), layer.state_dict(), layer.grads
+    good = {name: getattr(layer, name) for name in setting}
+    for name, value in setting.items():
+        setattr(layer, name, value)
+    with pytest.raises(error, match=message):
+        layer(**arguments)
+    for name, value in good.items():
+        setattr(layer, name, value)
+    assert all(same(value, state[name]) for name, value in layer.state_dict().items())
+    for bad in (None, x[:2], x.astype(F64), "no"):
+        with pytest.raises((TypeError, ValueError), match="dy "):
+            layer.backward(bad)
+    assert layer.grads is grads
+    assert same(layer.backward(x), dx)
+
+
+def test_layer_without_memory_changes_nothing():
+    x = normal((4000, 30), F32)
+    layer, twin = pyreg.BatchNorm(30), pyreg.BatchNorm(30)
+    for one in (layer, twin):
+        one(x)
+    dx, grads = twin.backward(x), layer.grads
+    for call in (lambda: layer(x + 1), lambda: layer.backward(x)):
+        _core.fail_allocation(1)
+        try:
+            with pytest.raises(MemoryError):
+                call()
+        finally:
+            _core.fail_allocation(0)
+    assert layer.grads is grads
+    assert all(same(value, twin.state_dict()[name]) for name, value in layer.state_dict().items())
+    assert same(layer.backward(x), dx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", [0, 1, -1, -3])
+def test_layer_gradients_in_evaluation(dtype, axis):
+    x, dy = normal((3, 4, 5), dtype), normal((3, 4, 5), dtype, 1)
+    channels = x.shape[axis]
+    layer = pyreg.BatchNorm(channels, axis=axis).eval()
+    layer.scale[:], _ = parameters(channels, F32)
+    layer.mean[:], layer.var[:] = (
+        normal(channels, F32, 3),
+        np.linspace(1e-9, 2, channels),
+    )  # xhat: more than float16 holds
+    layer.epsilon = 1e-9
+    layer(x)
+    layer.backward(dy)
+    xhat = reference.normalise(x, layer.mean, layer.var, axis=axis, epsilon=1e-9)
+    others = reference._others(x, axis)
+    want = (dy.astype(F64) * xhat).sum(others)
+    np.testing.assert_allclose(layer.grads["scale"], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.grads["bias"], dy.astype(F64).sum(others), rtol=1e-5, atol=1e-6)
+
+
+def test_layer_specials_in_evaluation_stay_in_their_channel():
+    x, dy = normal((9, 4), F32), normal((9, 4), F32, 1)
+    layer = pyreg.BatchNorm(4, dtype=np.float16).eval()
+    layer(x)
+    layer.backward(dy)
+    want = {name: value.copy() for name, value in layer.grads.items()}
+    x[0, 1], dy[0, 1] = np.inf, 0
+    dy[:, 2] = 6e4  # the sum is more than float16 holds
+    layer(x)
+    layer.backward(dy)
+    assert layer.grads["scale"].dtype == layer.grads["bias"].dtype == np.float16
+    assert np.isnan(layer.grads["scale"][1])
+    assert np.isinf(layer.grads["bias"][2])
+    for name, columns in (("scale", [0, 3]), ("bias", [0, 3])):
+        assert same(layer.grads[name][columns], want[name][columns])
+
+
+def test_layer_states_that_do_not_fit():
+    layer = pyreg.BatchNorm(3)
+    layer(normal((20, 3), F32))
+    state = layer.state_dict()
+    for bad, error, message in (
+        ({**state, "mean": V + 1j}, TypeError, "mean has dtype complex64; wanted real numbers"),
+        ({**state, "var": ["1", "2", "3"]}, TypeError, "var has dtype <U1"),
+        ({**state, "var": V > 0}, TypeError, "var has dtype bool"),
+        ({**state, "bias": None}, TypeError, "bias is None"),
+        ({**state, "bias": [[1.0], [1.0, 2.0]]}, ValueError, "bias is of type list"),
+        ({**state, "bias": np.ma.masked_equal(V, 0)}, TypeError, "bias is a masked array"),
+        ({**state, "weight": V}, ValueError, r"state has \['bias', 'mean', 'scale', 'var', 'weight'\]"),
+        ({**state, 7: V}, ValueError, r"state has \['7', "),
+        (list(state), TypeError, "state is of type list; wanted a mapping"),
+        (None, TypeError, "state is None; wanted a mapping"),
+    ):
+        with pytest.raises(error, match=message):
+            layer.load_state_dict(bad)
+        assert all(same(value, state[name]) for name, value in layer.state_dict().items())

@@ -182,3 +182,43 @@ def test_errors():
 def test_repr():
     assert repr(pyreg.Dropout2d(0.1, axis=-1)) == "Dropout2d(rate=0.1, axis=-1, impl='philox', inverted=True)"
     assert repr(pyreg.DropPath(0.1)) == "DropPath(rate=0.1, scale_by_keep=True, impl='philox', inverted=True)"
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "change"),
+    [
+        (pyreg.Dropout2d, {}, {"axis": -1}),
+        (pyreg.Dropout2d, {"axis": -1}, {"axis": 0}),  # which is wrong, for the next call
+        (pyreg.DropPath, {}, {"scale_by_keep": False}),
+        (pyreg.WordDropout, {"scale_by_keep": False}, {"scale_by_keep": True}),
+        (pyreg.Dropout2d, {}, {"rate": 0.9}),
+        (pyreg.DropPath, {"inverted": False}, {"inverted": True}),
+        (pyreg.WordDropout, {}, {"impl": "threefry"}),
+    ],
+)
+def test_backward_takes_the_settings_of_its_call(make, options, change):
+    x = np.ones((4, 6, 5, 3), np.float32)
+    for training in (True, False):
+        layer = make(0.4, rng=1, **options).train(training)
+        y = layer(x)
+        for name, value in change.items():
+            setattr(layer, name, value)
+        assert same(layer.backward(x), y)
+
+
+def test_settings_are_checked_when_they_are_used():
+    for make, name, bad, error, message in (
+        (pyreg.Dropout2d, "axis", 0, ValueError, "axis is 0; wanted the dim of the channels"),
+        (pyreg.Dropout2d, "axis", "1", TypeError, "axis is of type str; wanted an int"),
+        (pyreg.DropPath, "scale_by_keep", "no", TypeError, "scale_by_keep is of type str"),
+        (pyreg.WordDropout, "rate", 2, ValueError, "rate is 2"),
+    ):
+        x = np.ones((4, 6, 5, 3), np.float32)
+        for training in (True, False):
+            layer = make(0.4, rng=1).train(training)
+            y, state = layer(x), layer.state_dict()
+            setattr(layer, name, bad)
+            with pytest.raises(error, match=message):
+                layer(x)
+            assert layer.state_dict() == state
+            assert same(layer.backward(x), y)
