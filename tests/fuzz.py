@@ -2,6 +2,7 @@
 
     python tests/fuzz.py --cases 1000000 --seed 3 --jobs 2
     python tests/fuzz.py --case 12884901900        # one of them again, in words
+    python tests/fuzz.py --jax --cases 2000        # the same of pyreg.jax: fuzz_jax.py
 
 A case is a function of its number: operands of any dtype, shape and memory layout, options, an `out=` that may lie upon
 any of them.  Each is computed twice, with other threads, another instruction set, other thresholds and another `out=`:
@@ -39,13 +40,9 @@ F64 = np.dtype(np.float64)
 NAMES = [d.name for d in DTYPES]
 
 
-class Wrong(AssertionError):
-    """What a case has found."""
-
-
 def expect(ok, *what):
     if not ok:
-        raise Wrong(" ".join(map(str, what)))
+        raise AssertionError(" ".join(map(str, what)))
 
 
 # ---- Masks: the numbers of a few stretches of a few keys, each drawn once and then looked up -------------------------
@@ -392,7 +389,7 @@ def bad_argument(r, call, say):
     except (TypeError, ValueError) as error:
         expect(re.search(rf"\b{name}\b", str(error)), f"{what} =", value, "is not named by:", error)
     except Exception as error:
-        raise Wrong(f"{what} = {value!r}: {type(error).__name__}: {error}") from error
+        raise AssertionError(f"{what} = {value!r}: {type(error).__name__}: {error}") from error
     else:
         expect(False, f"{what} =", value, "is no error")
     for memory, old in zip(everything, before, strict=True):
@@ -566,7 +563,9 @@ def close(what, got, want, bound, trusted=True, which=True):
         ok |= ~np.broadcast_to(trusted, ok.shape)
     if not ok.all():
         at = tuple(int(i) for i in np.argwhere(~ok)[0])
-        raise Wrong(f"{what}{list(at)} is {wide[at]!r}; wanted {want[at]!r} within {(bound + 0 * want)[at]:.3g}")
+        raise AssertionError(
+            f"{what}{list(at)} is {wide[at]!r}; wanted {want[at]!r} within {(bound + 0 * want)[at]:.3g}"
+        )
 
 
 class BatchNormCase:
@@ -816,16 +815,16 @@ KINDS += [batch_norm_backward] * 4 + [batch_norm_layer] * 2
 
 
 def run_case(number, say=lambda *_: None):
-    """Raises Wrong, or any other error, if something is."""
+    """Raises an error if something is wrong."""
     r = random.Random(number)
     r.choice(KINDS)(r, say)
 
 
-def find(number):
+def find(number, run_case=run_case):
     """What is wrong with a case, in one line; None if nothing is."""
     try:
         run_case(number)
-    except Wrong as error:
+    except AssertionError as error:
         return " ".join(str(error).split())[:400]
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
@@ -834,18 +833,28 @@ def find(number):
 
 # ---- Workers: processes that may end or hang -------------------------------------------------------------------------
 
-LIMIT = 60  # seconds without a case done: it hangs
+LIMIT = 300  # seconds without a case done: it hangs
 
 
-def work(path, first, step, end):
+def cases_of(jax):
+    """run_case, of NumPy or of JAX."""
+    if not jax:
+        return run_case
+    import fuzz_jax
+
+    return fuzz_jax.run_case
+
+
+def work(jax, path, first, step, end):
     """Runs cases; says in a file that the parent reads along which one it is at, and prints what is wrong."""
     faulthandler.enable()
+    run_case = cases_of(jax)
     with open(path, "r+b") as file:
         at = mmap.mmap(file.fileno(), 8)
     with np.errstate(all="ignore"):
         for number in range(first, end, step):
             at[:] = struct.pack("q", number)
-            if problem := find(number):
+            if problem := find(number, run_case):
                 print(number, problem, flush=True)
     at[:] = struct.pack("q", end)
 
@@ -853,8 +862,8 @@ def work(path, first, step, end):
 class Worker:
     """Every step-th case from first on; starts again behind a case that it did not survive."""
 
-    def __init__(self, path, first, step, end):
-        self.path, self.step, self.end, self.start = path, step, end, first
+    def __init__(self, path, first, step, end, jax=False):
+        self.path, self.step, self.end, self.jax = path, step, end, jax
         self.file = open(path, "w+b")  # noqa: SIM115
         self.begin(first)
 
@@ -876,13 +885,8 @@ class Worker:
         self.file.write(struct.pack("q", number))
         self.file.flush()
         self.seen, self.since = number, time.monotonic()
-        command = [
-            sys.executable,
-            os.path.abspath(__file__),
-            "--work",
-            self.path,
-            *map(str, (number, self.step, self.end)),
-        ]
+        command = [sys.executable, os.path.abspath(__file__), *["--jax"] * self.jax]
+        command += ["--work", self.path, *map(str, (number, self.step, self.end))]
         self.errors = open(self.path + ".errors", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True)
         os.set_blocking(self.process.stdout.fileno(), False)
@@ -912,7 +916,7 @@ class Worker:
         return found, at + self.step >= self.end
 
 
-def fuzz(first, cases, jobs, show):
+def fuzz(first, cases, jobs, jax, show):
     """What is wrong with cases first, first + 1, ...: pairs of number and problem.
 
     Calls show(done, None) now and then, and show(None, pair) at once.
@@ -920,7 +924,7 @@ def fuzz(first, cases, jobs, show):
     found, end = [], first + cases
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        workers = [stack.enter_context(Worker(f"{folder}/{j}", first + j, jobs, end)) for j in range(jobs)]
+        workers = [stack.enter_context(Worker(f"{folder}/{j}", first + j, jobs, end, jax)) for j in range(jobs)]
         running = list(workers)
         while running:
             time.sleep(0.1)
@@ -941,15 +945,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another one: other cases")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at once")
     parser.add_argument("--case", type=int, help="one case alone, in words")
+    parser.add_argument("--jax", action="store_true", help="pyreg.jax under stacks of transforms, instead of NumPy")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work[0], *map(int, arguments.work[1:]))
+        work(arguments.jax, arguments.work[0], *map(int, arguments.work[1:]))
         return 0
     if arguments.case is not None:
         faulthandler.enable()
         with np.errstate(all="ignore"):
-            run_case(arguments.case, lambda *words: print(*words, flush=True))
+            cases_of(arguments.jax)(arguments.case, lambda *words: print(*words, flush=True))
         print("nothing is wrong")
         return 0
 
@@ -964,13 +969,12 @@ def main():
 
         def show(done, found):
             if found:
-                console.print(
-                    f"{os.path.relpath(sys.executable)} tests/fuzz.py --case {found[0]}\n   ", found[1], markup=False
-                )
+                command = f"{os.path.relpath(sys.executable)} tests/fuzz.py{' --jax' * arguments.jax} --case {found[0]}"
+                console.print(f"{command}\n    {found[1]}", markup=False)
             else:
                 progress.update(task, completed=done, rate=done / (time.monotonic() - start))
 
-        found = fuzz(first, arguments.cases, arguments.jobs, show)
+        found = fuzz(first, arguments.cases, arguments.jobs, arguments.jax, show)
     rate = arguments.cases / (time.monotonic() - start)
     print(f"{arguments.cases} cases, {rate:.0f} a second with {arguments.jobs} jobs; {len(found)} wrong")
     return 1 if found else 0

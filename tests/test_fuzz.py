@@ -31,7 +31,7 @@ def run(cases, timeout):
 
 
 def test_cases():
-    run(6000, 120)
+    run(6000, 300)
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+#!/bin/sh
+# What `./run check` does.  It wants ruff, mypy, clang-format and cmake in PATH; what needs a package of the system that is
+# missing is skipped, and says so.
+#
+#   tests/check.sh            lint build sanitize
+#   tests/check.sh --all      all steps: lint build sanitize races memory cpus slow
+#   tests/check.sh STEP...    these
+set -eu
+cd "$(dirname "$0")/.."
+golden=tests/data/golden.txt
+
+has() { # PROGRAM DEBIAN-PACKAGE: is there such a program?  Says what is skipped without it.
+    command -v "$1" >/dev/null || { echo "check: $step: skipped what needs $1 (Debian: $2)" >&2; return 1; }
+}
+
+compile() { # NAME CMAKE-OPTION...: the C library and tests/c in build/check/NAME
+    name=$1
+    shift
+    echo "check: $step: $name" >&2
+    cmake -S . -B "build/check/$name" "$@" >/dev/null
+    cmake --build "build/check/$name" --parallel >/dev/null
+}
+
+run_tests() { # NAME CTEST-OPTION...
+    name=$1
+    shift
+    ctest --test-dir "build/check/$name" --output-on-failure --no-tests=error "$@"
+}
+
+lint() {
+    ruff check .
+    ruff format --check .
+    mypy
+    clang-format --dry-run -Werror csrc/*.[ch] csrc/*.cc csrc/kernels/*.[ch] tests/c/*.c
+}
+
+build() { # no warnings, and the same results on every instruction set of this machine
+    if has gcc gcc; then
+        compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain
+        run_tests gcc
+    fi
+}
+
+sanitize() { # addresses and undefined behaviour
+    if has clang "clang libomp-dev"; then
+        compile clang-addresses -DCMAKE_C_COMPILER=clang -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=ON
+        run_tests clang-addresses
+        [ -z "$all" ] && return
+    fi
+    if has gcc gcc; then
+        compile gcc-addresses -DCMAKE_C_COMPILER=gcc -DPYREG_SANITIZE=ON
+        run_tests gcc-addresses
+    fi
+}
+
+races() {
+    has clang "clang libomp-dev" || return 0
+    compile clang-races -DCMAKE_C_COMPILER=clang -DPYREG_SANITIZE=thread
+    # Archer tells ThreadSanitizer how OpenMP, which is not compiled with it, synchronises.
+    archer=$(clang -print-file-name=libarcher.so)
+    TSAN_OPTIONS=ignore_noninstrumented_modules=1 OMP_TOOL_LIBRARIES=$archer run_tests clang-races
+}
+
+memory() { # what is read before it is written
+    has valgrind valgrind && has gcc gcc || return 0
+    compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain
+    for isa in baseline x86-64-v3; do # it knows no AVX-512
+        for test in "golden $golden" "threads 3" batchnorm dropout; do
+            # shellcheck disable=SC2086 # words of it
+            PYREG_ISA=$isa valgrind -q --error-exitcode=9 "build/check/gcc/test_"$test || [ $? = 2 ]
+        done
+    done
+}
+
+cpus() { # the results of another architecture, and of an old CPU
+    if has aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu && has qemu-aarch64 qemu-user; then
+        compile aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+            -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DPYREG_SANITIZE=plain \
+            "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+        run_tests aarch64 -R baseline
+    fi
+    if [ "$(uname -m)" = x86_64 ] && has qemu-x86_64 qemu-user && has gcc gcc; then
+        compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain
+        qemu-x86_64 -cpu Nehalem build/check/gcc/test_golden $golden
+    fi
+}
+
+slow() { python -m pytest -m slow; }
+
+all=
+case "${1-}" in
+    "") set -- lint build sanitize ;;
+    --all) all=yes && set -- lint build sanitize races memory cpus slow ;;
+esac
+for step; do
+    case $step in
+        lint | build | sanitize | races | memory | cpus | slow) $step ;;
+        *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+done
+echo "check: passed: $*" >&2
