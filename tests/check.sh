@@ -65,7 +65,7 @@ memory() { # what is read before it is written
     has valgrind valgrind && has gcc gcc || return 0
     compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain
     for isa in baseline x86-64-v3; do # it knows no AVX-512
-        for test in "golden $golden" "threads 3" batchnorm dropout; do
+        for test in "golden $golden" "threads 3" allocation batchnorm dropout; do
             # shellcheck disable=SC2086 # words of it
             PYREG_ISA=$isa valgrind -q --error-exitcode=9 "build/check/gcc/test_"$test || [ $? = 2 ]
         done
