@@ -21,6 +21,8 @@ compile() { # NAME CMAKE-OPTION...: the C library and tests/c in build/check/NAM
     cmake --build "build/check/$name" --parallel >/dev/null
 }
 
+plain() { compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain; }
+
 run_tests() { # NAME CTEST-OPTION...
     name=$1
     shift
@@ -36,7 +38,7 @@ lint() {
 
 build() { # no warnings, and the same results on every instruction set of this machine
     if has gcc gcc; then
-        compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain
+        plain
         run_tests gcc
     fi
 }
@@ -63,9 +65,9 @@ races() {
 
 memory() { # what is read before it is written
     has valgrind valgrind && has gcc gcc || return 0
-    compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain
+    plain
     for isa in baseline x86-64-v3; do # it knows no AVX-512
-        for test in "golden $golden" "threads 3" allocation batchnorm dropout; do
+        for test in "golden $golden" "races 3" allocation batchnorm dropout; do
             # shellcheck disable=SC2086 # words of it
             PYREG_ISA=$isa valgrind -q --error-exitcode=9 "build/check/gcc/test_"$test || [ $? = 2 ]
         done
@@ -80,7 +82,7 @@ cpus() { # the results of another architecture, and of an old CPU
         run_tests aarch64 -R baseline
     fi
     if [ "$(uname -m)" = x86_64 ] && has qemu-x86_64 qemu-user && has gcc gcc; then
-        compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain
+        plain
         qemu-x86_64 -cpu Nehalem build/check/gcc/test_golden $golden
     fi
 }

@@ -1,4 +1,4 @@
-"""What a call leaves behind: no memory, and nothing at all where memory is refused; processes that fork in any order."""
+"""What a call leaves behind: no memory, and nothing at all where memory is refused; forks in any order."""
 
 import itertools
 

@@ -1,7 +1,7 @@
 /* Several threads that call at once, each with threads of its own, while others set the number of threads and interrupt:
  * every result that is not interrupted is that of one thread alone.  For ThreadSanitizer, which tells of races.
  *
- *   threads [rounds]       exit status 0 and no report: passed; 2: this machine lacks the instruction set */
+ *   races [rounds]       exit status 0 and no report: passed; 2: this machine lacks the instruction set */
 #include "pyreg.h"
 
 #include <pthread.h>
