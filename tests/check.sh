@@ -5,9 +5,12 @@
 #   tests/check.sh            lint build sanitize
 #   tests/check.sh --all      all steps: lint build sanitize races memory cpus slow
 #   tests/check.sh STEP...    these
+#
+# CLANG=clang-19 chooses one of several.
 set -eu
 cd "$(dirname "$0")/.."
 golden=tests/data/golden.txt
+clang=${CLANG:-$(command -v clang || find /usr/bin -name 'clang-[0-9]*' | sort -V | tail -n 1)}
 
 has() { # PROGRAM DEBIAN-PACKAGE: is there such a program?  Says what is skipped without it.
     command -v "$1" >/dev/null || { echo "check: $step: skipped what needs $1 (Debian: $2)" >&2; return 1; }
@@ -44,8 +47,8 @@ build() { # no warnings, and the same results on every instruction set of this m
 }
 
 sanitize() { # addresses and undefined behaviour
-    if has clang "clang libomp-dev"; then
-        compile clang-addresses -DCMAKE_C_COMPILER=clang -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=ON
+    if has "${clang:-clang}" "clang libomp-dev"; then
+        compile clang-addresses -DCMAKE_C_COMPILER="$clang" -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=ON
         run_tests clang-addresses
         [ -z "$all" ] && return
     fi
@@ -56,10 +59,10 @@ sanitize() { # addresses and undefined behaviour
 }
 
 races() {
-    has clang "clang libomp-dev" || return 0
-    compile clang-races -DCMAKE_C_COMPILER=clang -DPYREG_SANITIZE=thread
+    has "${clang:-clang}" "clang libomp-dev" || return 0
+    compile clang-races -DCMAKE_C_COMPILER="$clang" -DPYREG_SANITIZE=thread
     # Archer tells ThreadSanitizer how OpenMP, which is not compiled with it, synchronises.
-    archer=$(clang -print-file-name=libarcher.so)
+    archer=$("$clang" -print-file-name=libarcher.so)
     TSAN_OPTIONS=ignore_noninstrumented_modules=1 OMP_TOOL_LIBRARIES=$archer run_tests clang-races
 }
 
