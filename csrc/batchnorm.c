@@ -45,7 +45,7 @@ struct batchnorm {
     const struct pyreg_batchnorm *args;
     const struct kernels *kernels;
     const void *mean, *var, *dmean, *dvar; /* given */
-    void *mean_out, *var_out, *dscale_out, *dbias_out;
+    void *mean_out, *mean_low_out, *var_out, *dscale_out, *dbias_out;
     struct view sums, apply; /* what the sums read; what the elementwise sweep reads and writes */
     struct grid sums_grid, apply_grid;
     bool masked, stream, swept;             /* swept: there is an output to be written */
@@ -271,6 +271,7 @@ static void forward_finish(struct batchnorm *bn, size_t c, size_t end) {
     for (; c < end; c++) {
         double var = deviation[c] / count[c], m = count[c] > 0 ? mean[c] : NAN;
         put(bn, bn->mean_out, c, m);
+        if (bn->mean_low_out) put(bn, bn->mean_low_out, c, m - get(bn, bn->mean_out, c));
         put(bn, bn->var_out, c, var);
         /* No x - mean is above the root of their squares' sum. */
         const bool wide = float_lacks(var + bn->args->epsilon) || deviation[c] > (double)FLT_MAX * (double)FLT_MAX;
@@ -567,13 +568,14 @@ static void fill_nan(const struct batchnorm *bn, void *p) {
 enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
                                           const bool *mask, const int64_t *mask_strides, const void *residual,
                                           const int64_t *residual_strides, void *y, const int64_t *y_strides,
-                                          void *mean, void *var) {
+                                          void *mean, void *mean_low, void *var) {
     size_t elements;
     enum pyreg_status status = check(args, &elements);
     if (status) return status;
-    struct batchnorm bn = {.pass = &forward, .args = args, .mean_out = mean, .var_out = var};
+    struct batchnorm bn = {.pass = &forward, .args = args, .mean_out = mean, .mean_low_out = mean_low, .var_out = var};
     if (elements == 0) { /* means of nothing */
         fill_nan(&bn, mean);
+        if (mean_low) fill_nan(&bn, mean_low);
         fill_nan(&bn, var);
         return PYREG_OK;
     }

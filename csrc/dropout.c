@@ -100,8 +100,9 @@ static float round_to_f16(double d) {
     return f16_to_float(float_to_f16(f));
 }
 
-/* 1 / keep as XLA rounds it for each dtype: keep first, to the dtype; then the quotient, taken in float. */
-static double scale_of(enum pyreg_dtype dtype, double keep) {
+/* XLA rounds keep first, to the dtype; then the quotient, taken in float. */
+double pyreg_dropout_scale(enum pyreg_dtype dtype, double rate) {
+    const double keep = 1 - rate;
     switch (dtype) {
     case PYREG_F64: return 1 / keep;
     case PYREG_F16: return f16_to_float(float_to_f16(1 / round_to_f16(keep)));
@@ -121,7 +122,7 @@ enum { MAX_INNER = 10 };
 _Static_assert(1 << (MAX_INNER - 1) >= MASK_GROUP, "a row has room for the dims of a group");
 
 struct dropout {
-    enum { DRAW, KEEP_ALL, DROP_ALL } what;
+    enum { DRAW, COPY, KEEP_ALL, DROP_ALL } what;
     const struct kernels *kernels;
     make_words make;
     struct draw draw;
@@ -267,16 +268,19 @@ static void dropout_tile(const struct dropout *op, struct window *w, const char 
     const char *in = op->contiguous ? x + j * op->size : tile;
     char *out = op->contiguous ? y + j * op->size : tile;
     if (!op->contiguous && op->what != DROP_ALL) copy_elements(op, (char *)(uintptr_t)x, j, n, tile, true);
-    if (op->what == KEEP_ALL) {
+    if (op->what == COPY) {
         if (out != in) memcpy(out, in, n * op->size);
     } else if (op->what == DROP_ALL) {
         memset(out, 0, n * op->size);
-    } else if (op->run == 1 && op->row.mask == 1) {
+    } else if (op->what == DRAW && op->run == 1 && op->row.mask == 1) {
         size_t at = look_at(w, &op->draw, op->make, index + j, n);
         op->kernels->dropout(in, out, n, w->keep + at / 32, at % 32, op->scale, stream);
     } else {
         uint32_t keep[MASK_TILE / 32 + 2] = {0};
-        gather_bits(op, w, index, j, n, keep);
+        if (op->what == KEEP_ALL)
+            memset(keep, 0xff, sizeof keep);
+        else
+            gather_bits(op, w, index, j, n, keep);
         op->kernels->dropout(in, out, n, keep, 0, op->scale, stream);
     }
     if (!op->contiguous) copy_elements(op, y, j, n, tile, false);
@@ -448,7 +452,7 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims, bool fast)
     op->chunks_per_part = (op->rows + op->rows_per_chunk - 1) / op->rows_per_chunk;
 }
 
-enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, bool scaled, int ndim,
+enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, double scale, int ndim,
                                 const int64_t *shape, const void *x, const int64_t *x_strides, void *y,
                                 const int64_t *y_strides, const int64_t *mask_strides) {
     struct dropout op;
@@ -468,9 +472,9 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     }
     if (empty) return PYREG_OK;
 
-    op.what = mask->rate == 0 ? KEEP_ALL : mask->rate == 1 ? DROP_ALL : DRAW;
+    op.what = mask->rate == 0 ? (scale == 1 ? COPY : KEEP_ALL) : mask->rate == 1 ? DROP_ALL : DRAW;
     op.kernels = dispatch_kernels(dtype);
-    op.scale = scaled ? scale_of(dtype, 1 - mask->rate) : 1;
+    op.scale = scale;
     op.offset = mask->offset;
     op.x = x;
     op.y = y;

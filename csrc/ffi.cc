@@ -1,12 +1,15 @@
-/* XLA's handlers: decode the call, call pyreg.h, translate the status.  XLA calls them from its own threads, several at
- * once, with subnormals flushed to zero; parallel.c takes that mode into its workers. */
+/* XLA's handlers: check the call, decode it, call pyreg.h, translate the status.  XLA calls them from its own threads,
+ * several at once, with subnormals flushed to zero; parallel.c takes that mode into its workers.
+ *
+ * A program says what it likes (jax.ffi.ffi_call, a damaged file): all that memory depends on is checked here. */
 #include "ffi.h"
 
 #include "pyreg.h"
 
 #include "xla/ffi/api/ffi.h"
 
-#include <vector>
+#include <algorithm>
+#include <cstring>
 
 namespace ffi = xla::ffi;
 
@@ -19,6 +22,8 @@ class NoInterrupts {
   public:
     ~NoInterrupts() { pyreg_allow_interrupts(before); }
 };
+
+ffi::Error refuse(const char *what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
 ffi::Error error_of(pyreg_status status) {
     if (status == PYREG_OK) return ffi::Error::Success();
@@ -38,17 +43,37 @@ pyreg_dtype dtype_of(ffi::AnyBuffer x) {
 
 using Dims = ffi::Span<const int64_t>;
 
+bool same(Dims a, Dims b) { return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()); }
+
+bool is_like(ffi::AnyBuffer a, ffi::AnyBuffer x) {
+    return a.element_type() == x.element_type() && same(a.dimensions(), x.dimensions());
+}
+
+template <typename Buffer> bool is_absent(const Buffer &a) { return a.element_count() == 0; }
+
+int64_t elements_of(Dims dims) {
+    int64_t n = 1;
+    for (int64_t d : dims) n *= d;
+    return n;
+}
+
 /* Strides of a dense array in C order, in steps of `size`. */
-std::vector<int64_t> strides_of(Dims dims, size_t size) {
-    std::vector<int64_t> strides(dims.size());
+void set_strides(Dims dims, size_t size, int64_t *strides) {
     int64_t step = static_cast<int64_t>(size);
     for (size_t d = dims.size(); d-- > 0; step *= dims[d]) strides[d] = step;
-    return strides;
 }
 
 size_t bytes_of(ffi::AnyBuffer x) { return ffi::ByteWidth(x.element_type()); }
 
 char *at(ffi::AnyBuffer x, int64_t offset) { return static_cast<char *>(x.untyped_data()) + offset; }
+
+/* A number as an operand: the words of a double, low one first. */
+double number_at(const uint32_t *words) {
+    const uint64_t bits = static_cast<uint64_t>(words[1]) << 32 | words[0];
+    double number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
 
 constexpr char GENERATOR[] = "generator", RATE[] = "rate", AXIS[] = "axis", EPSILON[] = "epsilon", RELU[] = "relu";
 
@@ -64,185 +89,438 @@ template <auto function> pyreg_ffi_handler named(const char *name) {
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------- */
 
-/* Operands: x, y: (batch..., inner...).  key: (batch..., 2), or bits: (batch..., bytes), a packed mask; both have 1 in
- * place of a batch dim that shares its mask.  window: (2, number of inner dims): where x begins in the array that the mask
- * is for, and the mask's shape there, 1 for a dim along which it is broadcast. */
+/* Operands: x, y: (batch..., inner...).  keys: (batch..., 2), or bits: (batch..., bytes), a packed mask; numbers:
+ * (batch..., NUMBERS).  These have 1 in place of a batch dim that shares what they say.  window: (3, inner dims): how many
+ * parts as long as x's lie in front of it in each dim of the array that the mask is for; and the mask's shape there, low and
+ * high words, 1 for a dim along which it is broadcast.
+ *
+ * Version 1 has the rate as an attribute instead of numbers, and the window (2, inner dims) of int32: where x begins, and
+ * the mask's shape. */
 
-using Window = ffi::Buffer<ffi::S32>;
+using Words = ffi::Buffer<ffi::U32>;
+using Bytes = ffi::Buffer<ffi::U8>;
+using WindowV1 = ffi::Buffer<ffi::S32>;
 
-size_t inner_dims(Window window) { return static_cast<size_t>(window.dimensions()[1]); }
+/* The rate's words, and the scale's; what is behind them is for JAX operations. */
+enum { RATE_AT = 0, SCALE_AT = 2, NUMBERS = 7 };
 
-/* set_mask(&mask, j): fills in what the j-th key, or row of bits, says. */
-template <typename SetMask>
-ffi::Error dropout_each(ffi::AnyBuffer x, Dims key_dims, Window window, ffi::AnyBuffer y, pyreg_mask mask,
-                        SetMask set_mask) {
+/* Where the inner dims of x lie in the array that the mask is for. */
+struct Window {
+    size_t inner = 0;
+    uint64_t first = 0; /* index of x's first element in the mask */
+    int64_t length[PYREG_MAX_DIMS], stride[PYREG_MAX_DIMS];
+    int64_t elements = 1; /* of the mask */
+};
+
+/* The window that `start_of(d)` and `length_of(d)` tell; returns what is wrong, or NULL. */
+template <typename Start, typename Length>
+const char *set_window(Window *w, Dims dims, int64_t rows, Start start_of, Length length_of) {
+    if (dims.size() != 2 || dims[0] != rows || dims[1] > PYREG_MAX_DIMS) return "the window has another shape";
+    w->inner = static_cast<size_t>(dims[1]);
+    for (size_t d = w->inner; d-- > 0;) {
+        w->length[d] = length_of(d);
+        w->stride[d] = w->length[d] == 1 ? 0 : w->elements;
+        w->first += static_cast<uint64_t>(start_of(d)) * static_cast<uint64_t>(w->stride[d]);
+        if (w->length[d] < 0 || __builtin_mul_overflow(w->elements, std::max<int64_t>(w->length[d], 1), &w->elements))
+            return "the mask's shape in the window is negative, or has 2^63 elements or more";
+    }
+    for (size_t d = 0; d < w->inner; d++)
+        if (w->length[d] == 0) w->elements = 0;
+    return nullptr;
+}
+
+const char *set_window(Window *w, WindowV1 window) {
+    const int64_t n = window.dimensions().size() == 2 ? window.dimensions()[1] : 0;
+    const int32_t *p = window.typed_data();
+    return set_window(w, window.dimensions(), 2, [=](size_t d) { return int64_t{p[d]}; },
+                      [=](size_t d) { return int64_t{p[n + static_cast<int64_t>(d)]}; });
+}
+
+/* x_dims: of x's inner dims; NULL: x is all of the array. */
+const char *set_window(Window *w, Words window, const int64_t *x_dims) {
+    const size_t n = window.dimensions().size() == 2 ? static_cast<size_t>(window.dimensions()[1]) : 0;
+    const uint32_t *p = window.typed_data();
+    return set_window(w, window.dimensions(), 3,
+                      [=](size_t d) { return x_dims ? p[d] * static_cast<uint64_t>(x_dims[d]) : 0; },
+                      [=](size_t d) { return static_cast<int64_t>(uint64_t{p[2 * n + d]} << 32 | p[n + d]); });
+}
+
+/* An operand with a row for each part of x, but one for all along a dim of 1.  No operand: always row 0. */
+struct Rows {
+    bool present = false;
+    Dims dims{nullptr, 0};
+
+    Rows() = default;
+    explicit Rows(Dims dims) : present(true), dims(dims) {}
+
+    bool fits(Dims batch) const {
+        if (!present) return true;
+        if (dims.size() != batch.size() + 1) return false;
+        for (size_t d = 0; d < batch.size(); d++)
+            if (dims[d] != 1 && dims[d] != batch[d]) return false;
+        return true;
+    }
+    bool has_own(Dims batch, size_t d) const { return present && dims[d] == batch[d] && batch[d] != 1; }
+    void set_steps(size_t batch, int64_t *steps) const {
+        int64_t step = 1;
+        for (size_t d = batch; d-- > 0;) {
+            steps[d] = present && dims[d] != 1 ? step : 0;
+            if (present) step *= dims[d];
+        }
+    }
+};
+
+/* One call of pyreg_dropout for each part of x with a mask of its own.  prepare(&mask, i, j): fills in what row i of `a`,
+ * the key or the bits, and row j of `b`, the numbers, say; returns the scale. */
+template <typename Prepare>
+ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, const Window &window, pyreg_mask mask,
+                        Prepare prepare) {
     const NoInterrupts guard;
     const Dims dims = x.dimensions();
-    const size_t inner = inner_dims(window), batch = dims.size() - inner;
-    const int32_t *start = window.typed_data(), *mask_shape = start + inner;
+    if (dtype_of(x) == PYREG_NUM_DTYPES) return error_of(PYREG_BAD_DTYPE);
+    if (dims.size() > PYREG_MAX_DIMS || dims.size() < window.inner) return refuse("x has another number of dims");
+    const size_t batch = dims.size() - window.inner;
+    if (!is_like(y, x)) return refuse("y is not like x");
+    if (!a.fits(dims.first(batch)) || !b.fits(dims.first(batch)))
+        return refuse("the key, the mask's bits or the numbers have batch dims that are not those of x");
     if (x.element_count() == 0) return ffi::Error::Success();
+    for (size_t d = 0; d < window.inner; d++)
+        if (window.length[d] == 0) return refuse("the mask has no element, x has");
 
-    const auto strides = strides_of(dims, bytes_of(x)), key_strides = strides_of(key_dims.first(batch), 1);
-    std::vector<int64_t> shape, x_strides, mask_strides, count, x_step, key_step; /* of one key; over the keys */
-    for (size_t d = 0; d < batch; d++)
-        if (key_dims[d] == dims[d] && dims[d] != 1) {
-            count.push_back(dims[d]), x_step.push_back(strides[d]), key_step.push_back(key_strides[d]);
+    int64_t strides[PYREG_MAX_DIMS], a_steps[PYREG_MAX_DIMS], b_steps[PYREG_MAX_DIMS];
+    set_strides(dims, bytes_of(x), strides);
+    a.set_steps(batch, a_steps), b.set_steps(batch, b_steps);
+    int64_t shape[PYREG_MAX_DIMS], x_strides[PYREG_MAX_DIMS], mask_strides[PYREG_MAX_DIMS]; /* of a part */
+    size_t ndim = 0, own[PYREG_MAX_DIMS], num_own = 0;                                      /* dims that count parts */
+    for (size_t d = 0; d < dims.size(); d++)
+        if (d < batch && (a.has_own(dims, d) || b.has_own(dims, d))) {
+            own[num_own++] = d;
         } else {
-            shape.push_back(dims[d]), x_strides.push_back(strides[d]), mask_strides.push_back(0);
+            shape[ndim] = dims[d], x_strides[ndim] = strides[d];
+            mask_strides[ndim++] = d < batch ? 0 : window.stride[d - batch];
         }
-    const size_t first = shape.size();
-    shape.resize(first + inner), x_strides.resize(first + inner), mask_strides.resize(first + inner);
-    int64_t step = 1;
-    for (size_t d = inner; d-- > 0; step *= mask_shape[d]) {
-        shape[first + d] = dims[batch + d];
-        x_strides[first + d] = strides[batch + d];
-        mask_strides[first + d] = mask_shape[d] == 1 ? 0 : step;
-        if (mask_shape[d] != 1) mask.offset += static_cast<uint64_t>(start[d]) * static_cast<uint64_t>(step);
-    }
+    mask.offset = window.first;
 
-    std::vector<int64_t> index(count.size(), 0);
-    for (int64_t x_at = 0, key_at = 0;;) {
-        set_mask(&mask, key_at);
+    int64_t index[PYREG_MAX_DIMS] = {0};
+    for (int64_t x_at = 0, i = 0, j = 0;;) {
+        const double scale = prepare(&mask, i, j);
         const pyreg_status status =
-            pyreg_dropout(dtype_of(x), &mask, true, static_cast<int>(shape.size()), shape.data(), at(x, x_at),
-                          x_strides.data(), at(y, x_at), x_strides.data(), mask_strides.data());
+            pyreg_dropout(dtype_of(x), &mask, scale, static_cast<int>(ndim), shape, at(x, x_at), x_strides, at(y, x_at),
+                          x_strides, mask_strides);
         if (status != PYREG_OK) return error_of(status);
-        size_t d = index.size();
-        for (; d > 0; d--) { /* the next key */
-            x_at += x_step[d - 1], key_at += key_step[d - 1];
-            if (++index[d - 1] < count[d - 1]) break;
-            x_at -= count[d - 1] * x_step[d - 1], key_at -= count[d - 1] * key_step[d - 1];
-            index[d - 1] = 0;
+        size_t k = num_own;
+        for (; k > 0; k--) { /* the next part */
+            const size_t d = own[k - 1];
+            x_at += strides[d], i += a_steps[d], j += b_steps[d];
+            if (++index[k - 1] < dims[d]) break;
+            x_at -= dims[d] * strides[d], i -= dims[d] * a_steps[d], j -= dims[d] * b_steps[d];
+            index[k - 1] = 0;
         }
-        if (d == 0) return ffi::Error::Success();
+        if (k == 0) return ffi::Error::Success();
     }
 }
 
-using Keys = ffi::Buffer<ffi::U32>;
-using Bits = ffi::Buffer<ffi::U8>;
-
-pyreg_mask mask_of(int64_t generator, double rate) {
-    return {static_cast<pyreg_generator>(generator), {0, 0}, rate, 0, nullptr, 0};
-}
-
-void set_key(pyreg_mask *mask, Keys keys, int64_t j) {
-    mask->key[0] = keys.typed_data()[2 * j], mask->key[1] = keys.typed_data()[2 * j + 1];
-}
-
-ffi::Error dropout(ffi::AnyBuffer x, Keys keys, Window window, ffi::Result<ffi::AnyBuffer> y,
-                   ffi::Attr<int64_t, GENERATOR> generator, ffi::Attr<double, RATE> rate) {
-    return dropout_each(x, keys.dimensions(), window, *y, mask_of(*generator, *rate),
-                        [&](pyreg_mask *mask, int64_t j) { set_key(mask, keys, j); });
-}
-
-ffi::Error dropout_packed(ffi::AnyBuffer x, Bits bits, Window window, ffi::Result<ffi::AnyBuffer> y,
-                          ffi::Attr<double, RATE> rate) {
-    const Dims dims = bits.dimensions();
-    pyreg_mask packed = mask_of(PYREG_PACKED, *rate);
-    packed.num_bytes = static_cast<size_t>(dims[dims.size() - 1]);
-    return dropout_each(x, dims, window, *y, packed, [&](pyreg_mask *mask, int64_t j) {
-        mask->bits = bits.typed_data() + static_cast<size_t>(j) * mask->num_bytes;
-    });
-}
-
-/* The packed masks of all keys, for dropout_packed. */
-ffi::Error dropout_mask(Keys keys, Window window, ffi::Result<Bits> bits, ffi::Attr<int64_t, GENERATOR> generator,
-                        ffi::Attr<double, RATE> rate) {
+/* The packed masks of all keys and rates, a row of bits for each. */
+template <typename Prepare>
+ffi::Error mask_each(Dims keys, Rows numbers, const Window &window, ffi::Result<Bytes> bits, pyreg_mask mask,
+                     Prepare prepare) {
     const NoInterrupts guard;
-    const size_t inner = inner_dims(window), bytes = static_cast<size_t>(bits->dimensions().back());
-    size_t n = 1;
-    for (size_t d = 0; d < inner; d++) n *= static_cast<size_t>(window.typed_data()[inner + d]);
-    pyreg_mask mask = mask_of(*generator, *rate);
-    for (size_t j = 0; j < keys.element_count() / 2; j++) {
-        set_key(&mask, keys, static_cast<int64_t>(j));
-        const pyreg_status status = pyreg_dropout_mask(&mask, n, true, bits->typed_data() + j * bytes);
+    const Dims dims = bits->dimensions();
+    if (dims.size() == 0 || dims.size() > PYREG_MAX_DIMS || dims.back() != (window.elements + 7) / 8)
+        return refuse("the bits have another shape than the mask");
+    const size_t batch = dims.size() - 1;
+    const Rows key_rows(keys);
+    if (!key_rows.fits(dims.first(batch)) || !numbers.fits(dims.first(batch)))
+        return refuse("the key or the numbers have batch dims that are not those of the bits");
+    int64_t key_steps[PYREG_MAX_DIMS], number_steps[PYREG_MAX_DIMS];
+    key_rows.set_steps(batch, key_steps), numbers.set_steps(batch, number_steps);
+    for (int64_t row = 0; row < elements_of(dims.first(batch)); row++) {
+        int64_t i = 0, j = 0, rest = row;
+        for (size_t d = batch; d-- > 0; rest /= dims[d])
+            i += rest % dims[d] * key_steps[d], j += rest % dims[d] * number_steps[d];
+        prepare(&mask, i, j);
+        const pyreg_status status = pyreg_dropout_mask(&mask, static_cast<size_t>(window.elements), true,
+                                                       bits->typed_data() + row * dims.back());
         if (status != PYREG_OK) return error_of(status);
     }
     return ffi::Error::Success();
+}
+
+bool are_keys(Words keys) { return keys.dimensions().size() > 0 && keys.dimensions().back() == 2; }
+
+bool are_numbers(Words numbers) { return numbers.dimensions().size() > 0 && numbers.dimensions().back() == NUMBERS; }
+
+constexpr char NO_KEYS[] = "the keys have another shape, or the generator is unknown";
+constexpr char NO_NUMBERS[] = "the numbers have another shape";
+constexpr char NO_BITS[] = "the mask's bits have another shape";
+
+bool draws(int64_t generator) { return generator >= 0 && generator < PYREG_PACKED; }
+
+void set_key(pyreg_mask *mask, Words keys, int64_t i) {
+    mask->key[0] = keys.typed_data()[2 * i], mask->key[1] = keys.typed_data()[2 * i + 1];
+}
+
+void set_bits(pyreg_mask *mask, Bytes bits, int64_t i) {
+    mask->num_bytes = static_cast<size_t>(bits.dimensions().back());
+    mask->bits = bits.typed_data() + static_cast<size_t>(i) * mask->num_bytes;
+}
+
+/* A traced rate may be anything: as in Flax less than 0 keeps all, more than 1 nothing, and so does NaN. */
+double set_numbers(pyreg_mask *mask, Words numbers, int64_t j) {
+    const uint32_t *words = numbers.typed_data() + j * NUMBERS;
+    const double rate = number_at(words + RATE_AT);
+    mask->rate = rate < 0 ? 0 : rate <= 1 ? rate : 1;
+    return number_at(words + SCALE_AT);
+}
+
+pyreg_mask mask_of(int64_t generator, double rate = 0) {
+    return {static_cast<pyreg_generator>(generator), {0, 0}, rate, 0, nullptr, 0};
+}
+
+ffi::Error dropout(ffi::AnyBuffer x, Words keys, Words numbers, Words window, ffi::Result<ffi::AnyBuffer> y,
+                   ffi::Attr<int64_t, GENERATOR> generator) {
+    if (!are_keys(keys) || !draws(*generator)) return refuse(NO_KEYS);
+    if (!are_numbers(numbers)) return refuse(NO_NUMBERS);
+    Window w;
+    const size_t inner = window.dimensions().size() == 2 ? static_cast<size_t>(window.dimensions()[1]) : 0;
+    if (inner > x.dimensions().size()) return refuse("x has fewer dims than the window");
+    if (const char *wrong = set_window(&w, window, x.dimensions().end() - inner)) return refuse(wrong);
+    return dropout_each(x, *y, Rows(keys.dimensions()), Rows(numbers.dimensions()), w, mask_of(*generator),
+                        [&](pyreg_mask *mask, int64_t i, int64_t j) {
+                            set_key(mask, keys, i);
+                            return set_numbers(mask, numbers, j);
+                        });
+}
+
+ffi::Error dropout_mask(Words keys, Words numbers, Words window, ffi::Result<Bytes> bits,
+                        ffi::Attr<int64_t, GENERATOR> generator) {
+    if (!are_keys(keys) || !draws(*generator)) return refuse(NO_KEYS);
+    if (!are_numbers(numbers)) return refuse(NO_NUMBERS);
+    Window w;
+    if (const char *wrong = set_window(&w, window, nullptr)) return refuse(wrong);
+    return mask_each(keys.dimensions(), Rows(numbers.dimensions()), w, bits, mask_of(*generator),
+                     [&](pyreg_mask *mask, int64_t i, int64_t j) {
+                         set_key(mask, keys, i);
+                         set_numbers(mask, numbers, j);
+                     });
+}
+
+ffi::Error dropout_packed(ffi::AnyBuffer x, Bytes bits, Words numbers, Words window, ffi::Result<ffi::AnyBuffer> y) {
+    if (bits.dimensions().size() == 0) return refuse(NO_BITS);
+    if (!are_numbers(numbers)) return refuse(NO_NUMBERS);
+    Window w;
+    if (const char *wrong = set_window(&w, window, nullptr)) return refuse(wrong);
+    return dropout_each(x, *y, Rows(bits.dimensions()), Rows(numbers.dimensions()), w, mask_of(PYREG_PACKED),
+                        [&](pyreg_mask *mask, int64_t i, int64_t j) {
+                            set_bits(mask, bits, i);
+                            return set_numbers(mask, numbers, j);
+                        });
+}
+
+ffi::Error dropout_v1(ffi::AnyBuffer x, Words keys, WindowV1 window, ffi::Result<ffi::AnyBuffer> y,
+                      ffi::Attr<int64_t, GENERATOR> generator, ffi::Attr<double, RATE> rate) {
+    if (!are_keys(keys) || !draws(*generator)) return refuse(NO_KEYS);
+    Window w;
+    if (const char *wrong = set_window(&w, window)) return refuse(wrong);
+    const double scale = pyreg_dropout_scale(dtype_of(x), *rate);
+    return dropout_each(x, *y, Rows(keys.dimensions()), Rows(), w, mask_of(*generator, *rate),
+                        [&](pyreg_mask *mask, int64_t i, int64_t) {
+                            set_key(mask, keys, i);
+                            return scale;
+                        });
+}
+
+ffi::Error dropout_mask_v1(Words keys, WindowV1 window, ffi::Result<Bytes> bits,
+                           ffi::Attr<int64_t, GENERATOR> generator, ffi::Attr<double, RATE> rate) {
+    if (!are_keys(keys) || !draws(*generator)) return refuse(NO_KEYS);
+    Window w;
+    if (const char *wrong = set_window(&w, window)) return refuse(wrong);
+    return mask_each(keys.dimensions(), Rows(), w, bits, mask_of(*generator, *rate),
+                     [&](pyreg_mask *mask, int64_t i, int64_t) { set_key(mask, keys, i); });
+}
+
+ffi::Error dropout_packed_v1(ffi::AnyBuffer x, Bytes bits, WindowV1 window, ffi::Result<ffi::AnyBuffer> y,
+                             ffi::Attr<double, RATE> rate) {
+    if (bits.dimensions().size() == 0) return refuse(NO_BITS);
+    Window w;
+    if (const char *wrong = set_window(&w, window)) return refuse(wrong);
+    const double scale = pyreg_dropout_scale(dtype_of(x), *rate);
+    return dropout_each(x, *y, Rows(bits.dimensions()), Rows(), w, mask_of(PYREG_PACKED, *rate),
+                        [&](pyreg_mask *mask, int64_t i, int64_t) {
+                            set_bits(mask, bits, i);
+                            return scale;
+                        });
 }
 
 /* ---- Batch-norm --------------------------------------------------------------------------------------------------
  * All operands have the same leading batch dims, of problems of their own.  Behind them x and what is like it have the
- * array's dims, statistics and parameters one.  An operand without elements is absent. */
+ * array's dims, statistics and parameters one, epsilon the words of a number.  An operand without elements is absent.
+ *
+ * Version 1 has epsilon as an attribute, and no low part of the mean. */
 
 using Bools = ffi::Buffer<ffi::PRED>;
+
+enum { EPSILON_WORDS = 3 }; /* a double's, and one for JAX operations */
 
 /* A batch of problems, and the sizes of one. */
 struct Problems {
     ffi::AnyBuffer x;
-    Dims shape;
-    std::vector<int64_t> strides, mask_strides;
-    int64_t count = 1, elements = 1, channels;
+    size_t batch;
+    Dims shape{nullptr, 0};
+    int64_t strides[PYREG_MAX_DIMS], mask_strides[PYREG_MAX_DIMS];
+    int64_t count = 1, elements = 1, channels = 1;
     pyreg_batchnorm args;
+    const char *wrong = nullptr; /* what does not fit; then nothing else is to be used */
 
-    Problems(ffi::AnyBuffer x, size_t batch, int64_t axis, double epsilon, bool relu)
-        : x(x), shape(x.dimensions().last(x.dimensions().size() - batch)), strides(strides_of(shape, bytes_of(x))),
-          mask_strides(strides_of(shape, 1)), channels(shape[static_cast<size_t>(axis)]),
-          args{dtype_of(x),
-               static_cast<int>(shape.size()),
-               static_cast<int>(axis),
-               shape.begin(),
-               epsilon,
-               relu,
-               nullptr,
-               nullptr} {
-        for (size_t d = 0; d < batch; d++) count *= x.dimensions()[d];
-        for (int64_t n : shape) elements *= n;
+    /* statistic: an operand with a value per channel. */
+    Problems(ffi::AnyBuffer x, ffi::AnyBuffer statistic, int64_t axis, bool relu) : x(x) {
+        const Dims dims = x.dimensions();
+        batch = statistic.dimensions().size() - 1;
+        if (dtype_of(x) == PYREG_NUM_DTYPES) {
+            wrong = pyreg_strerror(PYREG_BAD_DTYPE);
+        } else if (statistic.dimensions().size() == 0 || dims.size() <= batch || dims.size() - batch > PYREG_MAX_DIMS) {
+            wrong = "x has another number of dims";
+        } else if (axis < 0 || axis >= static_cast<int64_t>(dims.size() - batch)) {
+            wrong = pyreg_strerror(PYREG_BAD_AXIS);
+        } else {
+            shape = dims.last(dims.size() - batch);
+            set_strides(shape, bytes_of(x), strides);
+            set_strides(shape, 1, mask_strides);
+            channels = shape[static_cast<size_t>(axis)];
+            count = elements_of(dims.first(batch)), elements = elements_of(shape);
+            args = {dtype_of(x), static_cast<int>(shape.size()), static_cast<int>(axis), shape.begin(), 0, relu,
+                    nullptr,     nullptr};
+            check_values(statistic, false);
+        }
     }
+
+    /* Arrays like x; or a mask of its shape; or values per channel; or batch dims and a row of words. */
+    void check_array(ffi::AnyBuffer a, bool optional) { check(optional && is_absent(a), is_like(a, x)); }
+    void check_mask(Bools a) { check(is_absent(a), same(a.dimensions(), x.dimensions())); }
+    void check_values(ffi::AnyBuffer a, bool optional) {
+        const ffi::DataType f64 = ffi::DataType::F64, f32 = ffi::DataType::F32;
+        check(optional && is_absent(a), a.element_type() == (x.element_type() == f64 ? f64 : f32) && has_row(a, channels));
+    }
+    void check_epsilon(Words a) { check(false, has_row(a, EPSILON_WORDS)); }
 
     /* Operands of problem i; NULL if absent. */
     char *array(ffi::AnyBuffer a, int64_t i) const { return of(a, i * elements); }
     char *channel_values(ffi::AnyBuffer a, int64_t i) const { return of(a, i * channels); }
-    const bool *mask(Bools a, int64_t i) const { return a.element_count() ? a.typed_data() + i * elements : nullptr; }
+    const bool *mask(Bools a, int64_t i) const { return is_absent(a) ? nullptr : a.typed_data() + i * elements; }
+    void set_epsilon(Words a, int64_t i) { args.epsilon = number_at(a.typed_data() + i * EPSILON_WORDS); }
 
   private:
+    void check(bool absent, bool fits) {
+        if (!wrong && !absent && !fits) wrong = "an operand or a result does not have the shape or dtype that goes with x";
+    }
+    template <typename Buffer> bool has_row(const Buffer &a, int64_t length) const {
+        const Dims dims = a.dimensions();
+        return dims.size() == batch + 1 && same(dims.first(batch), x.dimensions().first(batch)) &&
+               dims.back() == length;
+    }
     static char *of(ffi::AnyBuffer a, int64_t offset) {
-        return a.element_count() ? at(a, offset * static_cast<int64_t>(bytes_of(a))) : nullptr;
+        return is_absent(a) ? nullptr : at(a, offset * static_cast<int64_t>(bytes_of(a)));
     }
 };
 
-ffi::Error batch_norm_forward(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, Bools mask,
-                              ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
-                              ffi::Result<ffi::AnyBuffer> var, ffi::Attr<int64_t, AXIS> axis,
-                              ffi::Attr<double, EPSILON> epsilon, ffi::Attr<bool, RELU> relu) {
+using Array = ffi::AnyBuffer;
+using NewArray = ffi::Result<ffi::AnyBuffer>;
+
+/* mean_low: NULL in version 1.  set_epsilon(&problems, i). */
+template <typename SetEpsilon>
+ffi::Error forward_each(Problems &p, Array scale, Array bias, Bools mask, Array residual, Array y, Array mean,
+                        Array *mean_low, Array var, SetEpsilon set_epsilon) {
     const NoInterrupts guard;
-    Problems p(x, mean->dimensions().size() - 1, *axis, *epsilon, *relu);
+    if (!p.wrong) {
+        p.check_values(scale, true), p.check_values(bias, true), p.check_mask(mask), p.check_array(residual, true);
+        p.check_array(y, true), p.check_values(var, false);
+        if (mean_low) p.check_values(*mean_low, false);
+    }
+    if (p.wrong) return refuse(p.wrong);
     for (int64_t i = 0; i < p.count; i++) {
+        set_epsilon(&p, i);
         p.args.scale = p.channel_values(scale, i), p.args.bias = p.channel_values(bias, i);
         const pyreg_status status = pyreg_batchnorm_forward(
-            &p.args, p.array(x, i), p.strides.data(), p.mask(mask, i), p.mask_strides.data(), p.array(residual, i),
-            p.strides.data(), p.array(*y, i), p.strides.data(), p.channel_values(*mean, i), p.channel_values(*var, i));
+            &p.args, p.array(p.x, i), p.strides, p.mask(mask, i), p.mask_strides, p.array(residual, i), p.strides,
+            p.array(y, i), p.strides, p.channel_values(mean, i), mean_low ? p.channel_values(*mean_low, i) : nullptr,
+            p.channel_values(var, i));
         if (status != PYREG_OK) return error_of(status);
     }
     return ffi::Error::Success();
 }
 
-ffi::Error batch_norm_backward(ffi::AnyBuffer dy, ffi::AnyBuffer dmean, ffi::AnyBuffer dvar, ffi::AnyBuffer x,
-                               ffi::AnyBuffer mean, ffi::AnyBuffer var, ffi::AnyBuffer scale, Bools mask,
-                               ffi::AnyBuffer y, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
-                               ffi::Result<ffi::AnyBuffer> dbias, ffi::Result<ffi::AnyBuffer> dresidual,
-                               ffi::Attr<int64_t, AXIS> axis, ffi::Attr<double, EPSILON> epsilon) {
+template <typename SetEpsilon>
+ffi::Error backward_each(Problems &p, Array dy, Array dmean, Array dvar, Array mean, Array var, Array scale, Bools mask,
+                         Array y, Array dx, Array dscale, Array dbias, Array dresidual, SetEpsilon set_epsilon) {
     const NoInterrupts guard;
-    Problems p(x, mean.dimensions().size() - 1, *axis, *epsilon, y.element_count() > 0);
+    if (!p.wrong) {
+        p.check_array(dy, false), p.check_array(y, true), p.check_array(dx, false), p.check_array(dresidual, true);
+        p.check_values(dmean, true), p.check_values(dvar, true), p.check_values(var, false);
+        p.check_values(scale, true), p.check_values(dscale, false), p.check_values(dbias, false), p.check_mask(mask);
+    }
+    if (p.wrong) return refuse(p.wrong);
     for (int64_t i = 0; i < p.count; i++) {
+        set_epsilon(&p, i);
         p.args.scale = p.channel_values(scale, i);
         const pyreg_status status = pyreg_batchnorm_backward(
-            &p.args, p.array(dy, i), p.strides.data(), p.array(x, i), p.strides.data(), p.mask(mask, i),
-            p.mask_strides.data(), p.array(y, i), p.strides.data(), p.channel_values(mean, i), p.channel_values(var, i),
-            p.channel_values(dmean, i), p.channel_values(dvar, i), p.array(*dx, i), p.strides.data(),
-            p.array(*dresidual, i), p.strides.data(), p.channel_values(*dscale, i), p.channel_values(*dbias, i));
+            &p.args, p.array(dy, i), p.strides, p.array(p.x, i), p.strides, p.mask(mask, i), p.mask_strides,
+            p.array(y, i), p.strides, p.channel_values(mean, i), p.channel_values(var, i), p.channel_values(dmean, i),
+            p.channel_values(dvar, i), p.array(dx, i), p.strides, p.array(dresidual, i), p.strides,
+            p.channel_values(dscale, i), p.channel_values(dbias, i));
         if (status != PYREG_OK) return error_of(status);
     }
     return ffi::Error::Success();
+}
+
+ffi::Error batch_norm_forward(Array x, Array scale, Array bias, Words epsilon, Bools mask, Array residual, NewArray y,
+                              NewArray mean, NewArray mean_low, NewArray var, ffi::Attr<int64_t, AXIS> axis,
+                              ffi::Attr<bool, RELU> relu) {
+    Problems p(x, *mean, *axis, *relu);
+    if (!p.wrong) p.check_epsilon(epsilon);
+    Array low = *mean_low;
+    return forward_each(p, scale, bias, mask, residual, *y, *mean, &low, *var,
+                        [&](Problems *p, int64_t i) { p->set_epsilon(epsilon, i); });
+}
+
+ffi::Error batch_norm_backward(Array dy, Array dmean, Array dvar, Array x, Array mean, Array var, Array scale,
+                               Words epsilon, Bools mask, Array y, NewArray dx, NewArray dscale, NewArray dbias,
+                               NewArray dresidual, ffi::Attr<int64_t, AXIS> axis) {
+    Problems p(x, mean, *axis, !is_absent(y));
+    if (!p.wrong) p.check_epsilon(epsilon);
+    return backward_each(p, dy, dmean, dvar, mean, var, scale, mask, y, *dx, *dscale, *dbias, *dresidual,
+                         [&](Problems *p, int64_t i) { p->set_epsilon(epsilon, i); });
+}
+
+ffi::Error batch_norm_forward_v1(Array x, Array scale, Array bias, Bools mask, Array residual, NewArray y,
+                                 NewArray mean, NewArray var, ffi::Attr<int64_t, AXIS> axis,
+                                 ffi::Attr<double, EPSILON> epsilon, ffi::Attr<bool, RELU> relu) {
+    Problems p(x, *mean, *axis, *relu);
+    return forward_each(p, scale, bias, mask, residual, *y, *mean, nullptr, *var,
+                        [&](Problems *p, int64_t) { p->args.epsilon = *epsilon; });
+}
+
+ffi::Error batch_norm_backward_v1(Array dy, Array dmean, Array dvar, Array x, Array mean, Array var, Array scale,
+                                  Bools mask, Array y, NewArray dx, NewArray dscale, NewArray dbias, NewArray dresidual,
+                                  ffi::Attr<int64_t, AXIS> axis, ffi::Attr<double, EPSILON> epsilon) {
+    Problems p(x, mean, *axis, !is_absent(y));
+    return backward_each(p, dy, dmean, dvar, mean, var, scale, mask, y, *dx, *dscale, *dbias, *dresidual,
+                         [&](Problems *p, int64_t) { p->args.epsilon = *epsilon; });
 }
 
 } // namespace
 
 extern "C" const pyreg_ffi_handler pyreg_ffi_handlers[] = {
-    named<dropout>("pyreg_dropout_v1"),
-    named<dropout_mask>("pyreg_dropout_mask_v1"),
-    named<dropout_packed>("pyreg_dropout_packed_v1"),
-    named<batch_norm_forward>("pyreg_batch_norm_forward_v1"),
-    named<batch_norm_backward>("pyreg_batch_norm_backward_v1"),
+    named<dropout>("pyreg_dropout_v2"),
+    named<dropout_mask>("pyreg_dropout_mask_v2"),
+    named<dropout_packed>("pyreg_dropout_packed_v2"),
+    named<batch_norm_forward>("pyreg_batch_norm_forward_v2"),
+    named<batch_norm_backward>("pyreg_batch_norm_backward_v2"),
+    named<dropout_v1>("pyreg_dropout_v1"),
+    named<dropout_mask_v1>("pyreg_dropout_mask_v1"),
+    named<dropout_packed_v1>("pyreg_dropout_packed_v1"),
+    named<batch_norm_forward_v1>("pyreg_batch_norm_forward_v1"),
+    named<batch_norm_backward_v1>("pyreg_batch_norm_backward_v1"),
     {nullptr, nullptr},
 };
+
+extern "C" const int pyreg_ffi_api[2] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};

@@ -13,8 +13,10 @@ struct pyreg_ffi_handler {
 
 #ifdef PYREG_FFI
 extern const struct pyreg_ffi_handler pyreg_ffi_handlers[];
+extern const int pyreg_ffi_api[2]; /* major and minor version of XLA's interface that they are built for */
 #else
 static const struct pyreg_ffi_handler pyreg_ffi_handlers[] = {{0}};
+static const int pyreg_ffi_api[2];
 #endif
 
 #ifdef __cplusplus

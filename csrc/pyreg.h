@@ -69,15 +69,17 @@ struct pyreg_mask {
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------
  * y = kept ? x * scale : +0.  A dropped NaN or Inf becomes +0 too.  The backward pass is the same function on dy.
- *   scaled:        scale = 1 / (1 - rate), rounded as XLA rounds it for the dtype (so values equal Flax's bit for bit).
- *   not scaled:    scale = 1, the form of the 2014 paper.
- *   rate 0:        y = x, bits unchanged.
+ *   scale:         that of pyreg_dropout_scale, and values equal Flax's bit for bit; or 1, the form of the 2014 paper.
+ *   rate 0:        all is kept; with scale 1, which is its own, bits are unchanged.
  *   mask_strides:  in elements: the element at (j0, j1, ...) has index offset + sum j_d * mask_strides[d]; 0 where
  *                  the mask is broadcast; those of a larger array's shape where x is a part of it.  NULL: C order.
  */
-enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, bool scaled, int ndim,
+enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, double scale, int ndim,
                                 const int64_t *shape, const void *x, const int64_t *x_strides, void *y,
                                 const int64_t *y_strides, const int64_t *mask_strides);
+
+/* 1 / (1 - rate), rounded as XLA rounds it for the dtype. */
+double pyreg_dropout_scale(enum pyreg_dtype dtype, double rate);
 
 /* The mask itself for indices offset .. offset + n - 1, 1 = kept: a byte an element (0 or 1), or packed, LSB first,
  * in (n + 7) / 8 bytes with the spare bits 0. */
@@ -105,7 +107,7 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  * Types.    mean, var, scale, bias and their gradients: contiguous, a value a channel; float, or double with PYREG_F64.
  *           The arithmetic is that of their type, sums are in double, half types are rounded once, at the end.
  * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual: NULL; then their strides are not read.
- *           y of the forward: NULL for mean and var alone.
+ *           y of the forward: NULL for mean and var alone.  mean_low: what the mean is more than `mean`; or NULL.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
  * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and
@@ -123,7 +125,7 @@ struct pyreg_batchnorm {
 enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
                                           const bool *mask, const int64_t *mask_strides, const void *residual,
                                           const int64_t *residual_strides, void *y, const int64_t *y_strides,
-                                          void *mean, void *var);
+                                          void *mean, void *mean_low, void *var);
 enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
                                             const void *mean, const void *var, const void *residual,
                                             const int64_t *residual_strides, void *y, const int64_t *y_strides);

@@ -53,8 +53,9 @@ cdef extern from "pyreg.h" nogil:
         PYREG_MAX_DIMS
 
     pyreg_status pyreg_dropout(
-        pyreg_dtype dtype, const pyreg_mask *mask, c_bool scaled, int ndim, const int64_t *shape, const void *x,
+        pyreg_dtype dtype, const pyreg_mask *mask, double scale, int ndim, const int64_t *shape, const void *x,
         const int64_t *x_strides, void *y, const int64_t *y_strides, const int64_t *mask_strides)
+    double pyreg_dropout_scale(pyreg_dtype dtype, double rate)
     pyreg_status pyreg_dropout_mask(const pyreg_mask *mask, size_t n, c_bool packed, uint8_t *out)
 
     struct pyreg_batchnorm:
@@ -69,7 +70,7 @@ cdef extern from "pyreg.h" nogil:
     pyreg_status pyreg_batchnorm_forward(
         const pyreg_batchnorm *args, const void *x, const int64_t *x_strides, const c_bool *mask,
         const int64_t *mask_strides, const void *residual, const int64_t *residual_strides, void *y,
-        const int64_t *y_strides, void *mean, void *var)
+        const int64_t *y_strides, void *mean, void *mean_low, void *var)
     pyreg_status pyreg_batchnorm_inference(
         const pyreg_batchnorm *args, const void *x, const int64_t *x_strides, const void *mean, const void *var,
         const void *residual, const int64_t *residual_strides, void *y, const int64_t *y_strides)
@@ -108,6 +109,7 @@ cdef extern from "ffi.h" nogil:
         const char *name
         void *handler
     const pyreg_ffi_handler *pyreg_ffi_handlers
+    const int *pyreg_ffi_api
 
 
 F32, F64, F16, BF16 = PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16
@@ -272,9 +274,15 @@ def can_write(out, cnp.ndarray x not None, tuple inputs not None, tuple values n
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
 
 def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int generator, uint64_t key, double rate,
-            uint64_t offset, bint scaled, mask_strides):
-    """y = dropout(x).  mask_strides: a tuple of x.ndim ints, or None for C order."""
+            uint64_t offset, bint scaled, mask_strides, scale=None):
+    """y = dropout(x).  scale: of kept elements; None for that of the rate if scaled, else 1.
+    mask_strides: a tuple of x.ndim ints, or None for C order."""
     cdef pyreg_mask mask = make_mask(generator, key, rate, offset)
+    cdef double factor = 1
+    if scale is not None:
+        factor = scale
+    elif scaled:
+        factor = pyreg_dropout_scale(<pyreg_dtype>dtype, rate)
     cdef int64_t[PYREG_MAX_DIMS] strides
     cdef int64_t *strides_or_null = NULL
     cdef int d
@@ -286,10 +294,15 @@ def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int gener
     use_asked_threads()
     with nogil:
         status = pyreg_dropout(
-            <pyreg_dtype>dtype, &mask, scaled, cnp.PyArray_NDIM(x), <const int64_t *>cnp.PyArray_DIMS(x),
+            <pyreg_dtype>dtype, &mask, factor, cnp.PyArray_NDIM(x), <const int64_t *>cnp.PyArray_DIMS(x),
             cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), cnp.PyArray_DATA(y),
             <const int64_t *>cnp.PyArray_STRIDES(y), strides_or_null)
     check(status)
+
+
+def dropout_scale(int dtype, double rate):
+    """1 / (1 - rate), rounded as XLA rounds it for the dtype."""
+    return pyreg_dropout_scale(<pyreg_dtype>dtype, rate)
 
 
 def dropout_mask(size_t n, cnp.ndarray out not None, bint packed, int generator, uint64_t key, double rate,
@@ -349,13 +362,15 @@ def is_like(array, cnp.ndarray x not None):
 
 
 def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, cnp.ndarray scale,
-               cnp.ndarray bias, cnp.ndarray mask, cnp.ndarray residual, cnp.ndarray y not None):
-    """y = batch_norm(x); returns its mean and var.  scale, bias, mask, residual: or None."""
+               cnp.ndarray bias, cnp.ndarray mask, cnp.ndarray residual, cnp.ndarray y not None,
+               cnp.ndarray mean_low=None):
+    """y = batch_norm(x), mean_low = what its mean lacks; returns mean and var.  scale, bias, mask, residual: or None."""
     cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
     cdef void *mask_data = data(mask)
     cdef void *residual_data = data(residual)
+    cdef void *mean_low_data = data(mean_low)
     cdef const int64_t *mask_strides = strides(mask)
     cdef const int64_t *residual_strides = strides(residual)
     cdef pyreg_status status
@@ -364,7 +379,7 @@ def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint
         status = pyreg_batchnorm_forward(
             &args, cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), <const c_bool *>mask_data, mask_strides,
             residual_data, residual_strides, cnp.PyArray_DATA(y), <const int64_t *>cnp.PyArray_STRIDES(y),
-            cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var))
+            cnp.PyArray_DATA(mean), mean_low_data, cnp.PyArray_DATA(var))
     check(status)
     return mean, var
 
@@ -491,6 +506,11 @@ def ffi_handlers():
         handlers[pyreg_ffi_handlers[i].name.decode()] = PyCapsule_New(pyreg_ffi_handlers[i].handler, NULL, NULL)
         i += 1
     return handlers
+
+
+def ffi_api():
+    """Version of XLA's interface, major and minor, that the handlers are built for."""
+    return pyreg_ffi_api[0], pyreg_ffi_api[1]
 
 
 def config():

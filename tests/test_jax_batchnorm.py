@@ -350,9 +350,9 @@ def test_backend(jax_backend):
     """The programs run on the backend that they are meant to."""
     for f in (batch_norm, jax.grad(lambda x: batch_norm(x)[0].sum())):
         text = jax.jit(f).lower(jnp.ones((4, 3))).as_text()
-        assert ("pyreg_batch_norm_forward_v1" in text) == (jax_backend == "ffi")
+        assert ("pyreg_batch_norm_forward_v2" in text) == (jax_backend == "ffi")
         assert ("callback" in text) == (jax_backend == "callback")
-    assert ("pyreg_batch_norm_backward_v1" in text) == (jax_backend == "ffi")
+    assert ("pyreg_batch_norm_backward_v2" in text) == (jax_backend == "ffi")
 
 
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "all"])

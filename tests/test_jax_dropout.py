@@ -247,7 +247,7 @@ def test_export(jax_backend, quick_compilation, kind):
 def test_backend(jax_backend):
     """The programs run on the backend that they are meant to, and show_config says so."""
     text = jax.jit(dropout(0.1)).lower(integers(8), jax.random.key(0)).as_text()
-    assert ("pyreg_dropout_v1" in text) == (jax_backend == "ffi")
+    assert ("pyreg_dropout_v2" in text) == (jax_backend == "ffi")
     assert ("callback" in text) == (jax_backend == "callback")
     assert pyreg.show_config("dicts")["jax"].startswith(jax_backend)
 
@@ -256,7 +256,7 @@ def test_backend(jax_backend):
 def test_a_threefry_mask_is_drawn_once_for_both_passes(jax_backend, quick_compilation, impl):
     def calls(f):
         text = jax.jit(f).lower(integers((4, 6)), jax.random.key(0)).compile().as_text()
-        return [text.count(f'"pyreg_dropout{name}_v1"') for name in ("", "_mask", "_packed")]
+        return [text.count(f'"pyreg_dropout{name}_v2"') for name in ("", "_mask", "_packed")]
 
     d, ffi = dropout(RATE, (), impl), jax_backend == "ffi"
     assert calls(d) == [ffi, 0, 0]
@@ -590,6 +590,6 @@ jax.eval_shape(lambda x: pyreg.jax.dropout(x, key=key), x)
 assert registered == []
 print(pyreg.show_config("dicts")["jax"])
 pyreg.jax.dropout(x, key=key)
-assert "pyreg_dropout_v1" in registered
+assert "pyreg_dropout_v2" in registered
 """
     assert python(code, warnings="ignore").split("\n") == ["built with FFI", "not used yet"]

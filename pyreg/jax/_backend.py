@@ -1,8 +1,10 @@
 """How an op reaches the CPU: XLA's foreign function interface, plain JAX operations, or a callback to NumPy."""
 
 import os
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import jax
 
@@ -13,19 +15,61 @@ BACKENDS = ("ffi", "jax", "callback")  # the first that works, but a callback on
 
 _lock = threading.Lock()
 _chosen: tuple[str, str] | None = None  # the backend, and why it is that one
+_registered = False
 
 
 def backend() -> str:
-    """The backend in use, one of BACKENDS; chosen at the first call, which is the first time that an op is lowered.
-
-    Handlers are registered then and not when pyreg is imported: where XLA refuses one before it has started, it does
-    not start at all.
-    """
+    """The backend in use, one of BACKENDS; chosen at the first call, which is the first time that an op is lowered."""
     global _chosen
     with _lock:
         if _chosen is None:
-            _chosen = _choose(os.environ.get(VARIABLE, "auto"))
+            _chosen = _choose(os.environ.get(VARIABLE) or "auto")
         return _chosen[0]
+
+
+def register() -> None:
+    """Make pyreg's kernels known to XLA, so that this process can run programs that were compiled or exported elsewhere.
+
+    ``import pyreg.jax`` does it where it is sure that XLA takes them, and lowering an op does it, too.  Calling it again
+    does nothing.
+
+    Raises
+    ------
+    RuntimeError
+        If pyreg was built without XLA's headers, or XLA refuses; ops then compute with JAX operations.
+
+    Notes
+    -----
+    XLA refuses kernels that were built for a newer interface than its own.  If it has not started yet it then does not
+    start at all: "Unable to initialize backend 'cpu'".
+
+    Examples
+    --------
+    >>> import pyreg.jax
+    >>> pyreg.jax.register()
+    """
+    with _lock:
+        problem = _register()
+    if problem is not None:
+        raise RuntimeError(f"programs that call pyreg's kernels cannot run here, because {problem}")
+
+
+def register_if_safe() -> None:
+    """At import: where XLA cannot refuse, because its interface is as new as the one that the kernels are built for."""
+    ours, theirs = _core.ffi_api(), _api_of_xla()
+    if _core.ffi_handlers() and theirs is not None and ours[0] == theirs[0] and ours[1] <= theirs[1]:
+        with _lock:
+            _register()
+
+
+def _api_of_xla() -> tuple[int, int] | None:
+    """The version of the running XLA's interface, as the header that comes with it says; None where there is none."""
+    try:
+        text = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    except OSError:
+        return None
+    numbers = [re.search(rf"^#define XLA_FFI_API_{part} (\d+)$", text, re.MULTILINE) for part in ("MAJOR", "MINOR")]
+    return (int(numbers[0][1]), int(numbers[1][1])) if numbers[0] and numbers[1] else None
 
 
 def describe() -> str:
@@ -36,8 +80,8 @@ def describe() -> str:
 def ffi_targets() -> list[str]:
     """The names under which exported programs call pyreg's kernels; they stay as they are.
 
-    `jax.export` wants to be told of them, and whoever runs the program must have lowered an op before, or registered
-    them.
+    `jax.export` wants to be told of them; whoever runs the program has to import `pyreg.jax`, or, where that is not enough,
+    to call :func:`pyreg.jax.register`.
 
     Examples
     --------
@@ -64,13 +108,17 @@ def _choose(wanted: str) -> tuple[str, str]:
 
 
 def _register() -> str | None:
-    """Makes the handlers known to XLA.  Returns what went wrong, or None."""
+    """Makes the handlers known to XLA, once.  Returns what went wrong, or None."""
+    global _registered
     handlers = _core.ffi_handlers()
     if not handlers:
         return "pyreg was built without XLA's headers"
+    if _registered:
+        return None
     try:
         for name, handler in handlers.items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
     except Exception as error:  # whatever it is, JAX and the other ops must go on
         return f"XLA refused its handler ({str(error).splitlines()[0]})"
+    _registered = True
     return None

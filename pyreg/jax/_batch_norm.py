@@ -1,11 +1,14 @@
 """Batch-norm as JAX primitives: forward and backward are kernels, other derivatives JAX operations.
 
-forward   x, scale, bias, [mask], [residual]                                 -> [y], mean, var
-tangent   dx, dscale, dbias, [dresidual]; x, mean, var, scale, [mask], [y]   -> [dy], dmean, dvar
-backward  its transpose: [dy], dmean, dvar; x, mean, var, scale, [mask], [y] -> dx, dscale, dbias, [dresidual]
+forward   x, scale, bias, epsilon, [mask], [residual]                                -> y, mean, var
+tangent   dx, dscale, dbias, [dresidual]; x, mean, var, scale, epsilon, [mask], [y]  -> dy, dmean, dvar
+backward  its transpose: dy, dmean, dvar; x, mean, var, scale, epsilon, [mask], [y]  -> dx, dscale, dbias, [dresidual]
+
+Statistics alone, which are then pooled over devices, have mean, low and var in place of y, mean and var: float32 may hold
+the mean of data far from zero to no more than a good part of a standard deviation, and low is what it lacks.
 
 Behind batch dims, which come from vmap and are problems of their own, x and what is like it have the array's dims;
-statistics and parameters have one, in float64 for float64 data, else in float32.
+statistics and parameters have one, in float64 for float64 data, else in float32; epsilon is a number of _numbers.py.
 """
 
 import functools
@@ -19,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.interpreters import ad
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pyreg import _core, _ops
 from pyreg._ops import Activation
-from pyreg.jax import _primitive
+from pyreg.jax import _numbers, _primitive
 
 __all__ = ["batch_norm", "batch_norm_inference"]
 
@@ -33,11 +37,10 @@ class Options(NamedTuple):
     """The parameters of the primitives."""
 
     axis: int  # of the array's dims, from 0
-    epsilon: float
     relu: bool
     masked: bool  # there is a mask
     residual: bool  # there is a residual
-    written: bool = True  # false: there is no y, forward gives mean and var alone
+    written: bool = True  # false: there is no y, but statistics alone
 
 
 def _split(rest: Sequence[Any], *present: bool) -> list[Any]:
@@ -54,7 +57,7 @@ def _others(ndim: int, o: Options) -> tuple[int, ...]:
 
 
 def _along(values: Any, x: Any, o: Options) -> Any:
-    """A value a channel, seen in the shape of x."""
+    """A value per channel, seen in the shape of x."""
     return jnp.expand_dims(values, _others(x.ndim, o))
 
 
@@ -78,49 +81,100 @@ def _count(x: Array, mask: Array | None, o: Options) -> Array:
     return jnp.full(x.shape[o.axis], n, _statistics_dtype(x))
 
 
-def _statistics(x: Array, mask: Array | None, o: Options) -> tuple[Array, Array]:
+def _weight(x: Array, *mask: Array, o: Options) -> Array:
+    """The share of elements of each channel that its statistics are of."""
+    every = math.prod(x.shape[d] for d in _others(x.ndim, o))
+    return _count(x, mask[0] if mask else None, o) / jnp.full(x.shape[o.axis], every, _statistics_dtype(x))
+
+
+def _statistics(x: Array, mask: Array | None, o: Options) -> tuple[Array, Array, Array]:
+    """Mean, what it lacks (which is not known here), and variance."""
     n, wide = _count(x, mask, o), _wide(x)
     mean = _sum(wide, o, mask) / n
-    return mean, _sum((wide - _along(mean, x, o)) ** 2, o, mask) / n
+    return mean, jnp.zeros_like(mean), _sum((wide - _along(mean, x, o)) ** 2, o, mask) / n
 
 
-def _pool(n: Array, statistics: Sequence[Array], psum: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """Mean and variance of all parts from those of each (Chan, Golub and LeVeque, 1979)."""
-    own_mean, own_var = (jnp.where(n > 0, a, 0) for a in statistics)  # a part may have nothing
-    total, weighted = psum(jnp.stack([n, n * own_mean]))
-    mean = weighted / total
-    return mean, psum(n * (own_var + (own_mean - mean) ** 2)) / total
+def _add(a: Array, small: Array) -> tuple[Array, Array]:
+    """The rounded sum, and what it lacks (Dekker, 1971)."""
+    total = a + small
+    return total, jnp.where(jnp.isfinite(total), (a - total) + small, 0)
 
 
-def _normalise(x: Array, mean: Array, var: Array, scale: Any, bias: Any, *rest: Array, o: Options) -> Array:
-    gain = scale * lax.rsqrt(var + o.epsilon)
-    y = (_wide(x) - _along(mean, x, o)) * _along(gain, x, o) + _along(bias, x, o)
+def _pool(weight: Array, statistics: Sequence[Array], psum: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
+    """Mean, what it lacks, and variance of all parts from those of each and their shares of elements, in two sums.
+
+    The first gives a guess of the mean that all parts know; the second what the mean differs from it, and the variance
+    (Chan, Golub and LeVeque, 1979).  The guess is within half a unit in the last place, or nearly: so differences to it
+    are of the order of a standard deviation where float32 can tell the data apart at all.
+    """
+    mean, low, var = (jnp.where(weight > 0, a, 0) for a in statistics)  # a part may have nothing
+    (w, w_rest), (m, m_rest) = _split_digits(weight), _split_digits(mean)
+    rest = w * m_rest + w_rest * m + w_rest * m_rest + weight * low
+    total, large, small = lax.stop_gradient(psum(jnp.stack([weight, w * m, rest])))
+    guess = (large + small) / total
+    d = (mean - guess) + low
+    total, shift, square, within = psum(jnp.stack([weight, weight * d, weight * d**2, weight * var]))
+    shift = shift / total
+    between = square / total - shift**2
+    between = between + lax.stop_gradient(jnp.maximum(-between, 0))  # rounding may have left less than 0
+    pooled, pooled_low = _add(guess, shift)
+    return jnp.where(jnp.isfinite(guess), pooled, guess), pooled_low, within / total + between
+
+
+def _split_digits(a: Array) -> tuple[Array, Array]:
+    """a as the sum of its first third of binary digits, whose products and their sums over some parts are exact, and the
+    rest."""
+    info = jnp.finfo(a.dtype)
+    first = lax.reduce_precision(a, info.nexp, info.nmant // 3)
+    return first, jnp.where(jnp.isfinite(a), a - first, 0)
+
+
+def _normalise(
+    x: Array, mean: Array, low: Any, var: Array, scale: Any, bias: Any, epsilon: Any, *residual: Array, o: Options
+) -> Array:
+    """epsilon: as a number."""
+    gain = scale * lax.rsqrt(var + epsilon)
+    centred = _wide(x) - _along(mean, x, o)
+    if low is not None:
+        centred = centred - _along(low, x, o)
+    y = centred * _along(gain, x, o) + _along(bias, x, o)
     if o.residual:
-        y = y + _wide(rest[0])
+        y = y + _wide(residual[0])
     return (jnp.maximum(y, 0) if o.relu else y).astype(x.dtype)
 
 
-def _forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Options) -> list[Array]:
+def _forward(x: Array, scale: Array, bias: Array, epsilon: Array, *rest: Array, o: Options) -> list[Array]:
     mask, _ = _split(rest, o.masked, o.residual)
-    mean, var = _statistics(x, mask, o)
-    return [*([_normalise(x, mean, var, scale, bias, *rest[o.masked :], o=o)] if o.written else []), mean, var]
+    mean, low, var = _statistics(x, mask, o)
+    if not o.written:
+        return [mean, low, var]
+    number = _numbers.read(epsilon, _statistics_dtype(x))
+    return [_normalise(x, mean, None, var, scale, bias, number, *rest[o.masked :], o=o), mean, var]
 
 
-def _centred(x: Array, mean: Array, mask: Array | None, o: Options) -> tuple[Array, Array]:
-    """Elements of each channel, and x - mean.  Of statistics alone a part may have none: then 1 and 0 for NaN, which
-    would spread through derivatives, even times 0."""
+def _from_mean(x: Array, mean: Array, mask: Array | None, o: Options) -> tuple[Array, Array]:
+    """Elements of each channel, and x - mean, 0 for masked elements that are not finite.  Of statistics alone a part may
+    have no elements: then 1 for 0, and no masked element counts; NaN would spread through derivatives, even times 0."""
     n, centred = _count(x, mask, o), _wide(x) - _along(mean, x, o)
-    if o.written or mask is None:
+    if mask is None:
         return n, centred
-    return jnp.maximum(n, 1), jnp.where(mask, centred, 0)
+    counts = mask | jnp.isfinite(centred) if o.written else mask
+    return (n if o.written else jnp.maximum(n, 1)), jnp.where(counts, centred, 0)
+
+
+def _rstd(var: Array, epsilon: Array) -> Array:
+    return lax.rsqrt(var + _numbers.read(epsilon, var.dtype))
 
 
 def _tangent(dx: Array, dscale: Array, dbias: Array, *rest: Array, o: Options) -> list[Array]:
-    dresidual, x, mean, var, scale, mask, y = _split(rest, o.residual, True, True, True, True, o.masked, o.relu)
-    (n, centred), rstd, dx = _centred(x, mean, mask, o), lax.rsqrt(var + o.epsilon), _wide(dx)
+    dresidual, x, mean, var, scale, epsilon, mask, y = _split(rest, o.residual, *[True] * 5, o.masked, o.relu)
+    (n, centred), rstd, dx = _from_mean(x, mean, mask, o), _rstd(var, epsilon), _wide(dx)
+    centred = centred - _along(_sum(centred, o, mask) / n, x, o)
+    if mask is not None and not o.written:
+        centred = jnp.where(mask, centred, 0)
     dmean, dvar = _sum(dx, o, mask) / n, 2 * _sum(dx * centred, o, mask) / n
     if not o.written:
-        return [dmean, dvar]
+        return [dmean, jnp.zeros_like(dmean), dvar]
     dgain = dscale * rstd - scale * rstd**3 * dvar / 2
     dy = (dx - _along(dmean, x, o)) * _along(scale * rstd, x, o) + centred * _along(dgain, x, o) + _along(dbias, x, o)
     if o.residual:
@@ -128,19 +182,27 @@ def _tangent(dx: Array, dscale: Array, dbias: Array, *rest: Array, o: Options) -
     return [(jnp.where(y > 0, dy, 0) if o.relu else dy).astype(x.dtype), dmean, dvar]
 
 
-def _backward(*args: Array, o: Options, psum: Callable[[Array], Array] = lambda a: a) -> list[Array]:
-    """psum: sums over the shards of the channels' elements."""
-    dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
-    (n, centred), rstd = _centred(x, mean, mask, o), lax.rsqrt(var + o.epsilon)
+def _backward(*args: Array, o: Options, psum: Callable[[list[Array]], Any] = lambda a: a) -> list[Array]:
+    """psum: sums, of a list, over the shards of the channels' elements."""
+    x, mean, var, scale, epsilon, mask, y = _split(args[3:], *[True] * 5, o.masked, o.relu)
+    (n, centred), rstd = _from_mean(x, mean, mask, o), _rstd(var, epsilon)
 
     def through_statistics(constant: Array, slope: Array) -> Array:
         values = _along(constant, x, o) + _along(slope, x, o) * centred
         return values if mask is None else jnp.where(mask, values, 0)
 
     if not o.written:
+        dmean, _, dvar = args[:3]
+        centred = centred - _along(_sum(centred, o, mask) / n, x, o)
         return [through_statistics(dmean / n, 2 * dvar / n).astype(x.dtype), *[jnp.zeros_like(scale)] * 2]
+    dy, dmean, dvar = args[:3]
     g = jnp.where(y > 0, _wide(dy), 0) if o.relu else _wide(dy)
-    n, dscale, dbias = psum(jnp.stack([n, _sum(g * centred, o) * rstd, _sum(g, o)]))
+    counted = g if mask is None else jnp.where(mask | jnp.isfinite(x), g, 0)
+    sums = [n, _sum(centred, o, mask), _sum(counted * centred, o), _sum(counted, o), _sum(g, o)]
+    n, correction, product, total, dbias = psum(sums)
+    correction = correction / n  # what the mean lacks
+    dscale = (product - correction * total) * rstd
+    centred = centred - _along(correction, x, o)
     constant, slope = (dmean - scale * rstd * dbias) / n, (2 * dvar - scale * rstd**2 * dscale) / n
     dx = _along(scale * rstd, x, o) * g + through_statistics(constant, slope)
     return [dx.astype(x.dtype), dscale, dbias, *([g.astype(x.dtype)] if o.residual else [])]
@@ -159,7 +221,7 @@ def _problems(one: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _batch_dims(args: Sequence[Any]) -> int:
-    """The second operand of every primitive is a value a channel."""
+    """The second operand of every primitive is a value per channel."""
     return len(args[1].shape) - 1
 
 
@@ -171,22 +233,25 @@ def _or_none(a: Array | None, dtype: Any) -> Array:
     return jnp.zeros(0, dtype) if a is None else a
 
 
-def _native_forward(x: Array, scale: Array, bias: Array, *rest: Array, o: Options, reuse: bool = False) -> list[Array]:
+def _native_forward(
+    x: Array, scale: Array, bias: Array, epsilon: Array, *rest: Array, o: Options, reuse: bool = False
+) -> list[Array]:
     del reuse  # the backward pass wants x
     mask, residual = _split(rest, o.masked, o.residual)
     y = jax.typeof(x) if o.written else jax.ShapeDtypeStruct((0,), x.dtype)
-    call = jax.ffi.ffi_call("pyreg_batch_norm_forward_v1", [y, jax.typeof(scale), jax.typeof(scale)])
-    operands = x, scale, bias, _or_none(mask, bool), _or_none(residual, x.dtype)
-    return list(call(*operands, axis=o.axis, epsilon=o.epsilon, relu=o.relu)[not o.written :])
+    call = jax.ffi.ffi_call("pyreg_batch_norm_forward_v2", [y, *[jax.typeof(scale)] * 3])
+    operands = x, scale, bias, epsilon, _or_none(mask, bool), _or_none(residual, x.dtype)
+    y, mean, low, var = call(*operands, axis=o.axis, relu=o.relu)
+    return [y, mean, var] if o.written else [mean, low, var]
 
 
 def _native_backward(*args: Array, o: Options, reuse: bool = False) -> list[Array]:
-    dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
+    mask, y = _split(args[8:], o.masked, o.relu)
+    x, scale = args[3], args[6]
     dresidual = jax.typeof(x) if o.residual else jax.ShapeDtypeStruct((0,), x.dtype)
     results = [jax.typeof(x), jax.typeof(scale), jax.typeof(scale), dresidual]
-    call = jax.ffi.ffi_call("pyreg_batch_norm_backward_v1", results, input_output_aliases={0: 0} if reuse else {})
-    operands = dy, dmean, dvar, x, mean, var, scale, _or_none(mask, bool), _or_none(y, x.dtype)
-    return list(call(*operands, axis=o.axis, epsilon=o.epsilon)[: 3 + o.residual])
+    call = jax.ffi.ffi_call("pyreg_batch_norm_backward_v2", results, input_output_aliases={0: 0} if reuse else {})
+    return list(call(*args[:8], _or_none(mask, bool), _or_none(y, x.dtype), axis=o.axis)[: 3 + o.residual])
 
 
 def _each_problem(one: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,18 +266,22 @@ def _each_problem(one: Callable[..., Any]) -> Callable[..., Any]:
     return many
 
 
-def _callback_forward(x: Any, scale: Any, bias: Any, *rest: Any, o: Options) -> list[Any]:
+def _number(words: Any) -> float:
+    return float(words[:2].copy().view("<f8")[0])
+
+
+def _callback_forward(x: Any, scale: Any, bias: Any, epsilon: Any, *rest: Any, o: Options) -> list[Any]:
     mask, residual = _split(rest, o.masked, o.residual)
-    y, code = np.empty_like(x), _ops._as_input(x)[1]
-    mean, var = _core.batch_norm(code, x, o.axis, o.epsilon, o.relu, scale, bias, mask, residual, y)
-    return [y, mean, var][not o.written :]
+    y, low, code = np.empty_like(x), np.empty_like(scale), _ops._as_input(x)[1]
+    mean, var = _core.batch_norm(code, x, o.axis, _number(epsilon), o.relu, scale, bias, mask, residual, y, low)
+    return [y, mean, var] if o.written else [mean, low, var]
 
 
 def _callback_backward(*args: Any, o: Options) -> list[Any]:
-    dy, dmean, dvar, x, mean, var, scale, mask, y = _split(args, o.written, *[True] * 6, o.masked, o.relu)
+    dy, dmean, dvar, x, mean, var, scale, epsilon, mask, y = _split(args, *[True] * 8, o.masked, o.relu)
     dx, dresidual, code = np.empty_like(x), np.empty_like(x) if o.residual else None, _ops._as_input(x)[1]
     dscale, dbias = _core.batch_norm_backward(
-        code, dy, x, o.axis, o.epsilon, o.relu, scale, mask, y, mean, var, dx, dresidual, dmean, dvar
+        code, dy, x, o.axis, _number(epsilon), o.relu, scale, mask, y, mean, var, dx, dresidual, dmean, dvar
     )
     return [dx, dscale, dbias, dresidual][: 3 + o.residual]
 
@@ -220,27 +289,29 @@ def _callback_backward(*args: Any, o: Options) -> list[Any]:
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
-def _dims(args: Sequence[Any], o: Options) -> tuple[list[str], list[str], list[list[str]]]:
-    """Names of the dims of x, of a value a channel, and of each operand."""
+def _dims(args: Sequence[Any], o: Options, epsilon: int) -> tuple[list[str], list[str], list[list[str]]]:
+    """Names of the dims of x, of a value per channel, and of each operand, of which epsilon is the one with that number."""
     batch, ndim = _batch_dims(args), max(len(a.shape) for a in args)
     full = [f"x{d}" for d in range(ndim)]
     channels = [*full[:batch], full[batch + o.axis]]
-    return full, channels, [full if len(a.shape) == ndim else channels for a in args]
+    operands = [full if len(a.shape) == ndim else channels for a in args]
+    operands[epsilon] = [*full[:batch], "words"]
+    return full, channels, operands
 
 
 def _forward_names(*args: Any, o: Options) -> tuple[list[list[str]], list[list[str]]]:
-    full, channels, operands = _dims(args, o)
-    return operands, [full, channels, channels][not o.written :]
+    full, channels, operands = _dims(args, o, 3)
+    return operands, [full if o.written else channels, channels, channels]
 
 
 def _backward_names(*args: Any, o: Options) -> tuple[list[list[str]], list[list[str]]]:
-    full, channels, operands = _dims(args, o)
+    full, channels, operands = _dims(args, o, 7)
     return operands, [full, channels, channels, full][: 3 + o.residual]
 
 
 def _cut(axes: dict[str, Any], args: Sequence[Any], o: Options) -> tuple[str, ...]:
     """Mesh axes that cut the elements of a channel."""
-    full, channels, _ = _dims(args, o)
+    full, channels, _ = _dims(args, o, -1)
     of = [axes[name] for name in full if name in axes and name not in channels]
     return tuple(axis for a in of for axis in (a if isinstance(a, tuple) else (a,)))
 
@@ -249,20 +320,28 @@ def _shard_forward(axes: dict[str, Any], _: Any, *args: Array, o: Options) -> li
     cut = _cut(axes, args, o)
     if not cut:
         return _native_forward(*args, o=o)
-    x, scale, bias, *rest = args
-    mask = rest[: o.masked]
+    x, scale, bias, epsilon, *rest = args
     own = o._replace(relu=False, residual=False, written=False)
-    n = _problems(lambda x, _, *mask, o: _count(x, mask[0] if mask else None, o))(x, scale, *mask, o=own)
-    mean, var = _pool(n, _native_forward(x, scale, bias, *mask, o=own), lambda a: lax.psum(a, cut))
-    y = [_problems(_normalise)(x, mean, var, scale, bias, *rest[o.masked :], o=o)] if o.written else []
-    return [*y, mean, var]
+    statistics = _native_forward(x, scale, bias, epsilon, *rest[: o.masked], o=own)
+    weight = _problems(lambda x, _, *mask, o: _weight(x, *mask, o=o))(x, scale, *rest[: o.masked], o=own)
+    mean, low, var = _pool(weight, statistics, lambda a: lax.psum(a, cut))
+    if not o.written:
+        return [mean, low, var]
+
+    def normalise(x: Array, mean: Array, low: Array, var: Array, *rest: Array, o: Options) -> Array:
+        scale, bias, epsilon, *residual = rest
+        return _normalise(
+            x, mean, low, var, scale, bias, _numbers.read(epsilon, var.dtype), *residual, o=o
+        )
+
+    return [_problems(normalise)(x, mean, low, var, scale, bias, epsilon, *rest[o.masked :], o=o), mean, var]
 
 
 def _shard_backward(axes: dict[str, Any], _: Any, *args: Array, o: Options) -> list[Array]:
     cut = _cut(axes, args, o)
     if not cut:
         return _native_backward(*args, o=o)
-    results: list[Array] = _problems(_backward)(*args, o=o, psum=lambda a: lax.psum(a, cut))
+    results: list[Array] = _problems(_backward)(*args, o=o, psum=lambda a: lax.psum(jnp.stack(a), cut))
     return results
 
 
@@ -273,8 +352,18 @@ def _plain(a: Any) -> Any:
     return a.update(weak_type=False)
 
 
+def _values_of(x: Any, like: Any, o: Options) -> Any:
+    """The type of statistics of x: where its channels are, they are, too."""
+    sharding, batch = x.sharding, len(like.shape) - 1
+    if sharding.mesh.empty:
+        return _plain(like)
+    spec = PartitionSpec(*sharding.spec[:batch], sharding.spec[batch + o.axis])
+    return like.update(weak_type=False, sharding=NamedSharding(sharding.mesh, spec))
+
+
 def _abstract_forward(x: Any, scale: Any, *_: Any, o: Options) -> list[Any]:
-    return [_plain(x), _plain(scale), _plain(scale)][not o.written :]
+    values = _values_of(x, scale, o)
+    return [_plain(x) if o.written else values, values, values]
 
 
 def _abstract_tangent(*args: Any, o: Options) -> list[Any]:
@@ -282,7 +371,7 @@ def _abstract_tangent(*args: Any, o: Options) -> list[Any]:
 
 
 def _abstract_backward(*args: Any, o: Options) -> list[Any]:
-    x, scale = (_plain(args[k + o.written]) for k in (2, 5))
+    x, scale = _plain(args[3]), _plain(args[6])
     return [x, scale, scale, x][: 3 + o.residual]
 
 
@@ -306,18 +395,22 @@ backward_p = _primitive.define(
 )
 
 
+def _is_smooth(operand: Any) -> bool:
+    """Has it derivatives?  The mask and epsilon have none."""
+    return bool(jnp.issubdtype(operand.dtype, jnp.floating))
+
+
 def _smooth(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The operands that have derivatives, all but the mask, and their tangents as arrays."""
-    keep = [p.dtype != bool for p in primals]
+    """The operands that have derivatives, and their tangents as arrays."""
+    keep = [_is_smooth(p) for p in primals]
     return list(compress(primals, keep)), [ad.instantiate_zeros(t) for t in compress(tangents, keep)]
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, o: Options) -> Any:
-    x, scale, _, *rest = primals
-    mask, _ = _split(rest, o.masked, o.residual)
+    x, scale, _, epsilon, *rest = primals
     results = forward_p.bind(*primals, o=o)
-    mean, var = results[-2:]
-    known = [x, mean, var, scale, *([mask] if o.masked else []), *([results[0]] if o.relu else [])]
+    mean, var = results[0 if not o.written else 1], results[2]
+    known = [x, mean, var, scale, epsilon, *rest[: o.masked], *([results[0]] if o.relu else [])]
     return results, tangent_p.bind(*_smooth(primals, tangents)[1], *known, o=o)
 
 
@@ -325,7 +418,7 @@ def _jvp_of(formula: Callable[..., Any]) -> Callable[..., Any]:
     def rule(primals: Any, tangents: Any, *, o: Options) -> Any:
         def function(*smooth: Any) -> Any:
             left = iter(smooth)
-            return _problems(formula)(*[p if p.dtype == bool else next(left) for p in primals], o=o)
+            return _problems(formula)(*[next(left) if _is_smooth(p) else p for p in primals], o=o)
 
         return jax.jvp(function, *_smooth(primals, tangents))
 
@@ -348,14 +441,14 @@ ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _jvp_of(_tangent)
 ad.primitive_jvps[backward_p] = _jvp_of(_backward)
 ad.primitive_transposes[tangent_p] = _transpose_by(backward_p, lambda o: 3 + o.residual)
-ad.primitive_transposes[backward_p] = _transpose_by(tangent_p, lambda o: 2 + o.written)
+ad.primitive_transposes[backward_p] = _transpose_by(tangent_p, lambda o: 3)
 
 
 # ---- The functions ---------------------------------------------------------------------------------------------------
 
 
 def _check_values(value: Any, x: Any, axis: int, default: float, name: str) -> Any:
-    """A value a channel, in the dtype of statistics."""
+    """A value per channel, in the dtype of statistics."""
     channels = x.shape[axis]
     value = jnp.full(channels, default) if value is None else jnp.asarray(value)
     _ops._check_channels(value, channels, name)
@@ -445,16 +538,18 @@ def batch_norm(
     relu = _ops._check_activation(activation)
     scale, bias = _check_values(scale, x, axis, 1, "scale"), _check_values(bias, x, axis, 0, "bias")
     optional = _check_optional(x, mask, residual)
-    o = Options(axis, float(_ops._check_epsilon(epsilon)), relu, mask is not None, residual is not None)
-    a, scale, bias, *optional = _primitive.vary_alike(x, scale, bias, *optional)
+    o = Options(axis, relu, mask is not None, residual is not None)
+    number = float(_ops._check_epsilon(epsilon))
+    a, scale, bias, words, *optional = _primitive.vary_alike(x, scale, bias, _numbers.words_of(number), *optional)
     if axis_name is None:
-        y, mean, var = forward_p.bind(a, scale, bias, *optional, o=o)
+        y, mean, var = forward_p.bind(a, scale, bias, words, *optional, o=o)
         return y, mean, var
     own = o._replace(relu=False, residual=False, written=False)
-    means = forward_p.bind(a, scale, bias, *optional[: o.masked], o=own)
-    n = _count(a, optional[0] if o.masked else None, o)
-    mean, var = _pool(n, means, lambda a: lax.psum(a, axis_name, axis_index_groups=axis_index_groups))
-    return _normalise(a, mean, var, scale, bias, *optional[o.masked :], o=o), mean, var
+    statistics = forward_p.bind(a, scale, bias, words, *optional[: o.masked], o=own)
+    weight = _weight(a, *optional[: o.masked], o=o)
+    psum = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    mean, low, var = _pool(weight, statistics, psum)
+    return _normalise(a, mean, low, var, scale, bias, number, *optional[o.masked :], o=o), mean, var
 
 
 def batch_norm_inference(
@@ -497,12 +592,13 @@ def batch_norm_inference(
     x = _primitive.check_array(x)
     axis = _ops._check_axis(axis, x.ndim)
     if mean is None or var is None:
-        raise TypeError("mean or var is None; wanted one value a channel")
+        raise TypeError("mean or var is None; wanted one value per channel")
     relu = _ops._check_activation(activation)
     values = [
         _check_values(value, x, axis, default, name)
         for value, default, name in ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
     ]
     rest = _check_optional(x, None, residual)
-    o = Options(axis, float(_ops._check_epsilon(epsilon)), relu, False, residual is not None)
-    return _normalise(x, *values, *rest, o=o)
+    mean, var, scale, bias = values
+    o = Options(axis, relu, False, residual is not None)
+    return _normalise(x, mean, None, var, scale, bias, float(_ops._check_epsilon(epsilon)), *rest, o=o)

@@ -1,9 +1,11 @@
 """Dropout as a JAX primitive: linear in x for a given key, and only the key is kept for the backward pass.
 
-Operands: x (batch..., inner...), and the key's words (batch..., words) with 1 in place of a batch dim that shares its
-mask.  Batch dims come from vmap; an element's index in the mask counts over the inner dims only.
+Operands: x (batch..., inner...); the key's words (batch..., words), and what there is to know of the rate (batch..., n),
+of _numbers.py, both with 1 in place of a batch dim that shares them.  Batch dims come from vmap; an element's index in the
+mask counts over the inner dims only.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,7 +17,7 @@ from jax import lax
 from jax.interpreters import ad
 
 from pyreg import _core, _ops
-from pyreg.jax import _primitive
+from pyreg.jax import _numbers, _primitive
 from pyreg.jax._random import threefry2x32
 
 __all__ = ["dropout"]
@@ -24,41 +26,43 @@ Impl = Literal["auto", "philox"]
 
 
 class Mask(NamedTuple):
-    """The parameters of the primitive: which elements are dropped, but for the key."""
+    """The parameters of the primitive: which elements are dropped, but for the key and the rate."""
 
-    rate: float
     generator: str  # "philox", "threefry", "threefry_x64"; or "jax": jax.random.bernoulli draws
     broadcast: tuple[bool, ...]  # for each inner dim
     key_impl: Any = None  # of "jax"
     partitionable: bool = True  # of "jax": jax_threefry_partitionable
+    x64: bool = False  # of "jax": jax_enable_x64
     shared: bool = False  # by a forward and a backward pass
 
 
 # ---- In JAX operations -----------------------------------------------------------------------------------------------
 
 
-def _draw(words: jax.Array, mask: Mask, shape: tuple[int, ...]) -> jax.Array:
-    """The mask for one key, true where an element is kept."""
+def _draw(words: jax.Array, numbers: jax.Array, mask: Mask, shape: tuple[int, ...]) -> jax.Array:
+    """The mask for one key and rate, true where an element is kept."""
     if mask.generator == "philox":
-        return _philox(words, mask.rate, shape)
+        return _philox(words, numbers, shape)
     if mask.generator == "jax":
         with jax.threefry_partitionable(mask.partitionable):
-            return jax.random.bernoulli(jax.random.wrap_key_data(words, impl=mask.key_impl), 1.0 - mask.rate, shape)
-    return _threefry(words, mask.rate, shape, mask.generator == "threefry_x64")
+            key = jax.random.wrap_key_data(words, impl=mask.key_impl)
+            return jax.random.bernoulli(key, _numbers.probability_of(numbers, mask.x64), shape)
+    return _threefry(words, numbers, shape, mask.generator == "threefry_x64")
 
 
-def _threefry(words: jax.Array, rate: float, shape: tuple[int, ...], x64: bool) -> jax.Array:
+def _threefry(words: jax.Array, numbers: jax.Array, shape: tuple[int, ...], x64: bool) -> jax.Array:
     """The mask defined as PYREG_THREEFRY in csrc/pyreg.h."""
     n = math.prod(shape)
     if isinstance(n, int) and n > 1 << 32:
         raise ValueError(f"the mask has {n} elements; wanted at most 2**32 where XLA cannot call pyreg's kernels")
     index = jnp.arange(n, dtype=jnp.uint32)
     a, b = threefry2x32(words[0], words[1], jnp.zeros_like(index), index)
-    keep = 1.0 - rate
+    low, high = numbers[_numbers.LIMIT]
     if x64:
-        kept = (a.astype(jnp.uint64) << 32 | b) >> 12 < np.uint64(math.ceil(keep * 2.0**52))
+        limit = high.astype(jnp.uint64) << 32 | low.astype(jnp.uint64)
+        kept = (a.astype(jnp.uint64) << 32 | b.astype(jnp.uint64)) >> 12 < limit
     else:
-        kept = (a ^ b) >> 9 < np.uint32(math.ceil(float(np.float32(keep)) * 2.0**23))
+        kept = (a ^ b) >> 9 < low
     return kept.reshape(shape)
 
 
@@ -81,35 +85,52 @@ def _philox_block(words: jax.Array, counter: Sequence[jax.Array]) -> list[jax.Ar
     return [c0, c1, c2, c3]
 
 
-def _philox(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+def _philox(words: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The mask defined as philox-v1 in csrc/pyreg.h: digit p of 32 elements' numbers is a word."""
-    limit = round(rate * 2.0**64)
     n = math.prod(shape)
-    digits = f"{limit:064b}".rstrip("0")
     group = jnp.arange((n + 31) // 32, dtype=jnp.uint32)
-    block = jnp.arange((len(digits) + 3) // 4, dtype=jnp.uint32)[:, None]  # all at once: each is much to compile
     zero = jnp.zeros_like(group)
-    drawn = _philox_block(words, (group, zero, block, zero))
-    less = zero  # than limit, by the digits behind the present one
-    for p in reversed(range(len(digits))):
-        digit = drawn[p % 4][p // 4]
-        less = ~digit | less if digits[p] == "1" else ~digit & less
-    kept = ~less[:, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
-    return kept.astype(bool).reshape(-1)[:n].reshape(shape)
+    low, high = numbers[_numbers.LIMIT]
+
+    def tied(state: Any) -> Any:
+        block, _, equal = state
+        return (block < 16) & jnp.any(equal != 0)
+
+    def compare(state: Any) -> Any:
+        """Four more digits."""
+        block, less, equal = state
+        drawn = _philox_block(words, (group, zero, jnp.broadcast_to(block, group.shape), zero))
+        limit = jnp.where(block < 8, high, low) << block % 8 * 4
+        for p, digit in enumerate(drawn):
+            own = -(limit >> (31 - p) & 1)
+            less, equal = less | equal & own & ~digit, equal & ~(digit ^ own)
+        return block + 1, less, equal
+
+    _, less, _ = lax.while_loop(tied, compare, (jnp.uint32(0), zero, ~zero))
+    kept = ~less[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None] & 1
+    return kept.astype(bool).reshape(-1)[:n].reshape(shape) & ~_numbers.drops_all(numbers)
 
 
-def _reference(x: jax.Array, words: jax.Array, *, mask: Mask) -> list[jax.Array]:
+def _reference(x: jax.Array, words: jax.Array, numbers: jax.Array, *, mask: Mask) -> list[jax.Array]:
     batch = x.ndim - len(mask.broadcast)
     shape = _mask_shape(x.shape[batch:], mask)
-    shared = tuple(d for d in range(batch) if words.shape[d] == 1)
+    draw = functools.partial(_draw, mask=mask, shape=shape)
+    shared = []
+    for d in reversed(range(batch)):
+        own = tuple(None if a.shape[d] == 1 else 0 for a in (words, numbers))
+        if own == (None, None):
+            shared.append(d)
+        else:
+            draw = jax.vmap(draw, own)
+    keep = jnp.expand_dims(draw(*(_without_ones(a) for a in (words, numbers))), shared)
+    scale = _numbers.scale_of(numbers, x.dtype)
+    scale = jnp.broadcast_to(jnp.expand_dims(scale, tuple(range(batch, x.ndim))), x.shape)
+    scaled = (x.astype(scale.dtype) * scale).astype(x.dtype)
+    return [lax.select(jnp.broadcast_to(keep, x.shape), scaled, jnp.zeros_like(x))]
 
-    def draw(words: jax.Array) -> jax.Array:
-        return _draw(words, mask, shape)
 
-    for _ in range(batch - len(shared)):
-        draw = jax.vmap(draw)
-    keep = jnp.expand_dims(draw(jnp.squeeze(words, shared)), shared)
-    return [lax.select(jnp.broadcast_to(keep, x.shape), x / (1.0 - mask.rate), jnp.zeros_like(x))]
+def _without_ones(rows: jax.Array) -> jax.Array:
+    return jnp.squeeze(rows, tuple(d for d in range(rows.ndim - 1) if rows.shape[d] == 1))
 
 
 def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
@@ -119,29 +140,26 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 # ---- By kernel -------------------------------------------------------------------------------------------------------
 
 
-def _native(x: jax.Array, words: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
+def _native(
+    x: jax.Array, words: jax.Array, numbers: jax.Array, *, reuse: bool, mask: Mask
+) -> Sequence[jax.Array]:
     whole = _mask_shape(x.shape[x.ndim - len(mask.broadcast) :], mask)
-    window, attributes = _window((0,) * len(whole), whole), _attributes(mask)
+    window, generator = _window((0,) * len(whole), whole), _ops._IMPLS[mask.generator]
     if not mask.shared or mask.generator == "philox":  # whose bits cost no more than to read them
-        return _call("pyreg_dropout_v1", x, words, window, reuse=reuse, **attributes)
+        return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=reuse, generator=generator)
     # The bits alone are one operation in forward and backward pass, so a program that has both makes them once.
-    packed = jax.ShapeDtypeStruct((*words.shape[:-1], (math.prod(whole) + 7) // 8), jnp.uint8)
-    bits = jax.ffi.ffi_call("pyreg_dropout_mask_v1", packed)(words, window, **attributes)
-    return _call("pyreg_dropout_packed_v1", x, bits, window, reuse=reuse, rate=mask.rate)
+    batch = tuple(n if n != 1 else m for n, m in zip(words.shape[:-1], numbers.shape[:-1], strict=True))
+    packed = jax.ShapeDtypeStruct((*batch, (math.prod(whole) + 7) // 8), jnp.uint8)
+    bits = jax.ffi.ffi_call("pyreg_dropout_mask_v2", packed)(words, numbers, window, generator=generator)
+    return _call("pyreg_dropout_packed_v2", x, bits, numbers, window, reuse=reuse)
 
 
-def _as_array(values: Sequence[Any]) -> jax.Array:
-    """As int32; a symbolic dim is what it will be."""
-    return jnp.stack([jnp.asarray(n, jnp.int32) for n in values]) if len(values) else jnp.zeros(0, jnp.int32)
-
-
-def _window(start: Sequence[Any], whole: Sequence[Any]) -> jax.Array:
-    """Where the inner dims of x begin in the array that the mask is for, and the mask's shape."""
-    return jnp.stack([_as_array(start), _as_array(whole)])
-
-
-def _attributes(mask: Mask) -> dict[str, Any]:
-    return {"generator": _ops._IMPLS[mask.generator], "rate": mask.rate}
+def _window(shard: Sequence[Any], whole: Sequence[Any]) -> jax.Array:
+    """How many shards lie in front of this one in each inner dim, and the mask's shape: low words, high words."""
+    low = [n & 0xFFFFFFFF if isinstance(n, int) else n for n in whole]
+    high = [n >> 32 if isinstance(n, int) else 0 for n in whole]
+    rows = [[np.uint32(n) if isinstance(n, int) else jnp.asarray(n).astype(jnp.uint32) for n in row] for row in (shard, low, high)]
+    return jnp.stack([jnp.stack(row) for row in rows]) if len(whole) else jnp.zeros((3, 0), jnp.uint32)
 
 
 def _call(name: str, x: jax.Array, *operands: jax.Array, reuse: bool, **attributes: Any) -> Sequence[jax.Array]:
@@ -151,39 +169,53 @@ def _call(name: str, x: jax.Array, *operands: jax.Array, reuse: bool, **attribut
     return y
 
 
-def _names(x: Any, words: Any, *, mask: Mask) -> tuple[list[list[str]], list[list[str]]]:
-    """A batch dim of the key is cut as that of x, unless all of x's share one key."""
+def _names(x: Any, words: Any, numbers: Any, *, mask: Mask) -> tuple[list[list[str]], list[list[str]]]:
+    """A batch dim of the key or the rate is cut as that of x, unless all of x's share one."""
     dims = [f"x{d}" for d in range(len(x.shape))]
-    keys = [dims[d] if n == x.shape[d] else f"shared{d}" for d, n in enumerate(words.shape[:-1])]
-    return [dims, [*keys, "words"]], [dims]
+
+    def rows(a: Any, name: str) -> list[str]:
+        return [*(dims[d] if n == x.shape[d] else f"{name}{d}" for d, n in enumerate(a.shape[:-1])), name]
+
+    return [dims, rows(words, "words"), rows(numbers, "numbers")], [dims]
 
 
-def _shard(axes: dict[str, Any], avals: Any, x: jax.Array, words: jax.Array, *, mask: Mask) -> Sequence[jax.Array]:
+def _shard(
+    axes: dict[str, Any], avals: Any, x: jax.Array, words: jax.Array, numbers: jax.Array, *, mask: Mask
+) -> Sequence[jax.Array]:
     batch = x.ndim - len(mask.broadcast)
-    start = [lax.axis_index(axes[f"x{d}"]) * x.shape[d] if f"x{d}" in axes else 0 for d in range(batch, x.ndim)]
-    window = _window(start, _mask_shape(avals[0].shape[batch:], mask))
-    return _call("pyreg_dropout_v1", x, words, window, reuse=False, **_attributes(mask))
+    shard = [lax.axis_index(axes[f"x{d}"]) if f"x{d}" in axes else 0 for d in range(batch, x.ndim)]
+    window, generator = _window(shard, _mask_shape(avals[0].shape[batch:], mask)), _ops._IMPLS[mask.generator]
+    return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=False, generator=generator)
 
 
-def _callback(x: Any, words: Any, *, mask: Mask) -> list[Any]:
-    x, words = np.asarray(x), np.asarray(words)
+def _callback(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
+    x, words, numbers = np.asarray(x), np.asarray(words), np.asarray(numbers)
     y = np.empty_like(x)
     batch = x.ndim - len(mask.broadcast)
     strides = _ops._mask_strides(x.shape[batch:], _mask_shape(x.shape[batch:], mask))
-    for at in np.ndindex(words.shape[:-1]):
-        mine = (*(slice(None) if n == 1 else j for n, j in zip(words.shape[:-1], at, strict=True)), ...)  # ...: a view
-        a, key = x[mine], _ops._check_key(words[at])
+    own = tuple(max(n, m) for n, m in zip(words.shape[:-1], numbers.shape[:-1], strict=True))
+    for at in np.ndindex(own):
+        mine = (*(slice(None) if n == 1 else j for n, j in zip(own, at, strict=True)), ...)  # ...: a view
+        a, key = x[mine], _ops._check_key(np.broadcast_to(words, (*own, 2))[at])
+        rate, scale = np.broadcast_to(numbers, (*own, _numbers.COUNT))[at][:4].copy().view("<f8")
         all_strides = (0,) * (a.ndim - len(strides)) + strides
-        code = _ops._as_input(a)[1]
-        _core.dropout(code, a, y[mine], _ops._IMPLS[mask.generator], key, mask.rate, 0, True, all_strides)
+        code, generator, inside = _ops._as_input(a)[1], _ops._IMPLS[mask.generator], min(max(rate, 0.0), 1.0)
+        _core.dropout(code, a, y[mine], generator, key, inside, 0, float(scale), all_strides)
     return [y]
 
 
 # ---- The primitive ---------------------------------------------------------------------------------------------------
 
 
-def _abstract(x: Any, words: Any, *, mask: Mask) -> list[Any]:
+def _abstract(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
     return [x.update(weak_type=False)]
+
+
+def _jet(primals: Any, series: Any, *, mask: Mask) -> Any:
+    """Linear in x: of each term by itself."""
+    x, *known = primals
+    y = dropout_p.bind(x, *known, mask=mask)
+    return y, [[dropout_p.bind(term, *known, mask=mask)[0] for term in series[0]]]
 
 
 dropout_p = _primitive.define(
@@ -195,20 +227,21 @@ dropout_p = _primitive.define(
     _primitive.Partition(_names, _shard),
     lambda mask: mask.generator != "jax",
     lambda operand: operand == 0,
+    _jet,
 )
 
 
 def _jvp(primals: Any, tangents: Any, *, mask: Mask) -> Any:
-    dx, words = tangents[0], primals[1]
+    dx, *known = tangents[0], *primals[1:]
     if type(dx) is ad.Zero:
         return dropout_p.bind(*primals, mask=mask), [dx]
     mask = mask._replace(shared=True)
-    return dropout_p.bind(*primals, mask=mask), dropout_p.bind(dx, words, mask=mask)
+    return dropout_p.bind(*primals, mask=mask), dropout_p.bind(dx, *known, mask=mask)
 
 
-def _transpose(cotangents: Any, x: Any, words: Any, **params: Any) -> Any:
+def _transpose(cotangents: Any, x: Any, *known: Any, **params: Any) -> Any:
     (dy,) = cotangents
-    return [ad.Zero(x.aval) if type(dy) is ad.Zero else dropout_p.bind(dy, words, **params)[0], None]
+    return [ad.Zero(x.aval) if type(dy) is ad.Zero else dropout_p.bind(dy, *known, **params)[0], None, None]
 
 
 ad.primitive_jvps[dropout_p] = _jvp
@@ -232,6 +265,8 @@ def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
     if key.ndim != 0:
         raise ValueError(f"key has shape {key.shape}; wanted one key; jax.vmap maps over keys")
     key_impl = jax.random.key_impl(key)
+    if _primitive.flag("jax_debug_key_reuse"):
+        jax.random.bits(key, (0,))  # uses the key up in the eyes of JAX, which sees no key in its words
     if impl == "philox":
         words = jax.random.key_data(key) if key_impl == "threefry2x32" else jax.random.bits(key, (2,), jnp.uint32)
         return words, "philox", None
@@ -264,8 +299,9 @@ def dropout(
     ----------
     x : array_like
         float32, float64, float16 or bfloat16, of any shape.
-    rate : float
-        Probability of dropping an element, in [0, 1]; a number, not a traced value.
+    rate : float or scalar array
+        Probability of dropping an element, in [0, 1].  A traced value, of a schedule inside `jax.jit`, is not checked:
+        below 0 all elements are kept, and scaled as the formula says; above 1, and for NaN, none is.
     key : jax.Array
         A key of `jax.random.key` with any implementation, or its words (`jax.random.PRNGKey`).
     deterministic : bool
@@ -300,19 +336,54 @@ def dropout(
     >>> pyreg.jax.dropout(x, 0.5, key=jax.random.key(0))
     Array([2., 0., 0., 0., 2., 2., 2., 0.], dtype=float32)
     """
-    if isinstance(rate, jax.core.Tracer):
-        raise TypeError("rate is a traced value; wanted a number (static_argnames of jax.jit keeps it one)")
-    rate = _ops._check_rate(rate)
+    traced = isinstance(rate, jax.core.Tracer)
+    if not traced:
+        rate = _ops._check_rate(rate)
     check_impl(impl)
     x = _primitive.check_array(x)
     mask_shape = _ops._mask_shape(x.shape, broadcast_dims)
-    if deterministic or rate == 0.0:
+    if deterministic or (not traced and rate == 0.0):
         return x
-    if rate == 1.0:
+    if not traced and rate == 1.0:
         return jnp.zeros_like(x)
     words, generator, key_impl = _words_of(key, impl)
-    broadcast = tuple(m == 1 for m in mask_shape)
-    mask = Mask(rate, generator, broadcast, key_impl, _primitive.flag("jax_threefry_partitionable"))
-    x, words = _primitive.vary_alike(x, words)
-    y: jax.Array = dropout_p.bind(x, words, mask=mask)[0]
+    broadcast, x64 = tuple(m == 1 for m in mask_shape), _primitive.flag("jax_enable_x64")
+    mask = Mask(generator, broadcast, key_impl, _primitive.flag("jax_threefry_partitionable"), x64)
+    if traced:
+        rate = _check_traced(rate)
+        numbers = _numbers.of_traced_rate(rate, x.dtype, generator, x64)
+    else:
+        numbers = _numbers.of_rate(rate, x.dtype, generator, x64)
+    x, words, numbers = _primitive.vary_alike(x, words, numbers)
+    y: jax.Array = dropout_p.bind(x, words, numbers, mask=mask)[0]
+    return _with_derivative(y, rate) if traced else y
+
+
+def _check_traced(rate: Any) -> jax.Array:
+    """A traced rate as float32, or, with x64, float64."""
+    if rate.ndim != 0:
+        raise ValueError(f"rate has shape {rate.shape}; wanted one number; jax.vmap maps over rates")
+    if not (jnp.issubdtype(rate.dtype, jnp.floating) or jnp.issubdtype(rate.dtype, jnp.integer)):
+        raise TypeError(f"rate has dtype {rate.dtype}; wanted a real number")
+    return rate if rate.dtype == jnp.float64 else rate.astype(jnp.float32)
+
+
+@jax.custom_jvp
+def _with_derivative(y: jax.Array, rate: jax.Array) -> jax.Array:
+    """y, as a function of the rate, too: its kept elements are x / (1 - rate)."""
     return y
+
+
+def _with_derivative_jvp(primals: Any, tangents: Any) -> Any:
+    (y, rate), (dy, drate) = primals, tangents
+    none = [type(t) is jax.custom_derivatives.SymbolicZero for t in (dy, drate)]
+    of_rate = None
+    if not none[1]:
+        keep = 1 - rate
+        of_rate = y * jnp.where(keep > 0, drate / keep, 0).astype(y.dtype)
+    if of_rate is None:
+        return y, dy
+    return y, of_rate if none[0] else dy + of_rate
+
+
+_with_derivative.defjvp(_with_derivative_jvp, symbolic_zeros=True)

@@ -1,6 +1,7 @@
 """What the primitives of pyreg.jax share: evaluation outside jit, and lowering by backend and sharding."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,17 +15,10 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pyreg import _ops
-from pyreg.jax import _backend
+from pyreg._version import __version__
+from pyreg.jax import _backend, _compat
 
 Function = Callable[..., Sequence[Any]]  # operands -> results, parameters by keyword
-
-try:  # else a program does not tell its devices to the lowering of a primitive, and shards are gathered
-    from jax._src.dispatch import prim_requires_devices_during_lowering as _need_devices
-except ImportError:
-    _need_devices = set()
-    _CAN_PARTITION = False
-else:
-    _CAN_PARTITION = True
 
 
 class Partition(NamedTuple):
@@ -47,6 +41,7 @@ def define(
     partition: Partition | None = None,
     has_kernel: Callable[..., bool] = lambda **_: True,
     repeats: Callable[[int], bool] = lambda operand: True,
+    jet: Callable[..., Any] | None = None,
 ) -> Primitive:
     """A primitive with several results; without a kernel it is the reference everywhere.  Batch dims come first.
 
@@ -57,6 +52,7 @@ def define(
     partition : of `native`.
     has_kernel : params -> whether it is `native` and `callback` for them, too; else the reference is all there is.
     repeats : number of an operand -> whether it is repeated along a batch dim that it lacks; else it gets one of 1.
+    jet : rule for Taylor series; by default that of the reference.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -92,21 +88,51 @@ def define(
         avals = abstract(*map(jax.typeof, args), **params)
         return jax.pure_callback(functools.partial(callback, **params), avals, *args)
 
-    def lower_cpu(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+    def on_cpu(params: dict[str, Any], in_place: bool) -> tuple[Function, str]:
         backend = _backend.backend() if native and has_kernel(**params) else "jax"
         functions: dict[str, Any] = {"ffi": native, "jax": reference, "callback": by_callback}
         function: Function = functools.partial(functions[backend], **params)
-        if backend == "ffi":
-            # In place saves up to 20 %; but of a program's operand XLA makes a copy first, and takes 1.7 times as long.
-            function = functools.partial(function, reuse=not isinstance(args[0].owner, mlir.ir.Block))
+        return (functools.partial(function, reuse=in_place) if backend == "ffi" else function), backend
+
+    def lower(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        platforms = tuple(ctx.platforms or ctx.module_context.platforms)
+        by_reference: Function = functools.partial(reference, **params)
+        if "cpu" not in platforms:
+            return mlir.lower_fun(by_reference, multiple_results=True)(ctx, *args)
+        # In place saves up to 20 %; but of a program's operand XLA makes a copy first, and takes 1.7 times as long.
+        in_place = len(platforms) == 1 and not isinstance(args[0].owner, mlir.ir.Block)
+        function, backend = on_cpu(params, in_place)
+        if len(platforms) > 1:
+            return mlir.lower_fun(
+                lambda *args: lax.platform_dependent(
+                    *args, cpu=lambda *args: list(function(*args)), default=lambda *args: list(by_reference(*args))
+                ),
+                multiple_results=True,
+            )(ctx, *args)
         if backend == "ffi" and partition and _on_several_devices(ctx):
             function = _partitioned(function, partition, params)
+            meaning = f"{name} {__version__} {params} {ctx.avals_in} x64={flag('jax_enable_x64')}"
+            return _compat.lower_partitioned(function, jax.make_jaxpr(function)(*ctx.avals_in), ctx, args, meaning)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
 
-    _need_devices.add(primitive)
-    mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True))
-    mlir.register_lowering(primitive, lower_cpu, platform="cpu", cacheable=False)  # a cache hides what operands are
+    # One rule for all platforms, because JAX cannot lower a rule for one of several that is not cacheable; and not
+    # cacheable, because a cache hides what operands are.
+    mlir.register_lowering(primitive, lower, cacheable=False)
+    _compat.register(primitive, jet or functools.partial(_jet_by, reference))
     return primitive
+
+
+def _jet_by(reference: Function, primals: Any, series: Any, **params: Any) -> Any:
+    """Taylor series of the formula in JAX operations; `series` has those of each operand."""
+    from jax.experimental.jet import jet
+
+    smooth = [jnp.issubdtype(p.dtype, jnp.floating) for p in primals]
+
+    def function(*args: Any) -> Any:
+        left = iter(args)
+        return list(reference(*(next(left) if s else p for s, p in zip(smooth, primals, strict=True)), **params))
+
+    return jet(function, tuple(itertools.compress(primals, smooth)), tuple(itertools.compress(series, smooth)))
 
 
 def flag(name: str) -> bool:
@@ -147,7 +173,7 @@ def _on_several_devices(ctx: mlir.LoweringRuleContext) -> bool:
     the Python function that partitions."""
     context: Any = ctx.module_context.axis_context
     exported = ctx.module_context.lowering_parameters.for_export
-    return _CAN_PARTITION and not exported and hasattr(context, "device_assignment") and context.num_devices > 1
+    return _compat.CAN_PARTITION and not exported and hasattr(context, "device_assignment") and context.num_devices > 1
 
 
 def _partitioned(native: Function, partition: Partition, params: dict[str, Any]) -> Function:
@@ -187,8 +213,8 @@ def _partitioned(native: Function, partition: Partition, params: dict[str, Any])
         names = partition.names(*map(_shape, operands), **params)
         text = [", ".join(" ".join(dims) for dims in side) for side in names]
         first = set(names[0][0])
-        whole = {n for side in names for dims in side for n in dims if n not in first}
-        return " -> ".join(text), {"need_replication_factors": tuple(sorted(whole))}
+        whole = dict.fromkeys(n for side in names for dims in side for n in dims if n not in first)  # in their order
+        return " -> ".join(text), {"need_replication_factors": tuple(whole)}
 
     function = custom_partitioning(lambda *args: list(native(*args)))
     function.def_partition(partition_, infer_sharding_from_operands=infer, sharding_rule=rule)

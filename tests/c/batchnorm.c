@@ -74,7 +74,7 @@ static void run(enum pyreg_dtype dtype, int64_t n, int64_t channels, int64_t inn
         const struct pyreg_batchnorm args = {
             dtype, 3, 1, shape, 1e-5, relu, option ? scale : NULL, option ? bias : NULL};
         enum pyreg_status status = pyreg_batchnorm_forward(&args, x, strides, masked ? mask : NULL, mask_strides,
-                                                           relu ? residual : NULL, strides, y, strides, mean, var);
+                                                           relu ? residual : NULL, strides, y, strides, mean, NULL, var);
         expect(status == PYREG_OK, "forward", n, channels, inner);
         status = pyreg_batchnorm_backward(&args, dy, strides, x, strides, masked ? mask : NULL, mask_strides, y,
                                           strides, mean, var, NULL, NULL, dx, strides, relu ? dresidual : NULL, strides,
@@ -103,7 +103,7 @@ static void errors(void) {
     float one[4] = {1, 2, 3, 4};
     const int64_t shape[2] = {2, 2}, negative[2] = {2, -1}, huge[2] = {INT64_MAX, 4}, strides[2] = {8, 4};
     struct pyreg_batchnorm args = {PYREG_F32, 2, 1, shape, 1e-5, false, NULL, NULL};
-#define STATUS() pyreg_batchnorm_forward(&args, one, strides, NULL, NULL, NULL, NULL, one, strides, one, one)
+#define STATUS() pyreg_batchnorm_forward(&args, one, strides, NULL, NULL, NULL, NULL, one, strides, one, NULL, one)
     args.axis = 2;
     expect(STATUS() == PYREG_BAD_AXIS, "axis", 0, 0, 0);
     args.axis = -1;
