@@ -132,17 +132,18 @@ const char *set_window(Window *w, Dims dims, int64_t rows, Start start_of, Lengt
 const char *set_window(Window *w, WindowV1 window) {
     const int64_t n = window.dimensions().size() == 2 ? window.dimensions()[1] : 0;
     const int32_t *p = window.typed_data();
-    return set_window(w, window.dimensions(), 2, [=](size_t d) { return int64_t{p[d]}; },
-                      [=](size_t d) { return int64_t{p[n + static_cast<int64_t>(d)]}; });
+    return set_window(
+        w, window.dimensions(), 2, [=](size_t d) { return int64_t{p[d]}; },
+        [=](size_t d) { return int64_t{p[n + static_cast<int64_t>(d)]}; });
 }
 
 /* x_dims: of x's inner dims; NULL: x is all of the array. */
 const char *set_window(Window *w, Words window, const int64_t *x_dims) {
     const size_t n = window.dimensions().size() == 2 ? static_cast<size_t>(window.dimensions()[1]) : 0;
     const uint32_t *p = window.typed_data();
-    return set_window(w, window.dimensions(), 3,
-                      [=](size_t d) { return x_dims ? p[d] * static_cast<uint64_t>(x_dims[d]) : 0; },
-                      [=](size_t d) { return static_cast<int64_t>(uint64_t{p[2 * n + d]} << 32 | p[n + d]); });
+    return set_window(
+        w, window.dimensions(), 3, [=](size_t d) { return x_dims ? p[d] * static_cast<uint64_t>(x_dims[d]) : 0; },
+        [=](size_t d) { return static_cast<int64_t>(uint64_t{p[2 * n + d]} << 32 | p[n + d]); });
 }
 
 /* An operand with a row for each part of x, but one for all along a dim of 1.  No operand: always row 0. */
@@ -204,9 +205,8 @@ ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, cons
     int64_t index[PYREG_MAX_DIMS] = {0};
     for (int64_t x_at = 0, i = 0, j = 0;;) {
         const double scale = prepare(&mask, i, j);
-        const pyreg_status status =
-            pyreg_dropout(dtype_of(x), &mask, scale, static_cast<int>(ndim), shape, at(x, x_at), x_strides, at(y, x_at),
-                          x_strides, mask_strides);
+        const pyreg_status status = pyreg_dropout(dtype_of(x), &mask, scale, static_cast<int>(ndim), shape, at(x, x_at),
+                                                  x_strides, at(y, x_at), x_strides, mask_strides);
         if (status != PYREG_OK) return error_of(status);
         size_t k = num_own;
         for (; k > 0; k--) { /* the next part */
@@ -388,8 +388,9 @@ struct Problems {
             set_strides(shape, 1, mask_strides);
             channels = shape[static_cast<size_t>(axis)];
             count = elements_of(dims.first(batch)), elements = elements_of(shape);
-            args = {dtype_of(x), static_cast<int>(shape.size()), static_cast<int>(axis), shape.begin(), 0, relu,
-                    nullptr,     nullptr};
+            args = {
+                dtype_of(x), static_cast<int>(shape.size()), static_cast<int>(axis), shape.begin(), 0, relu, nullptr,
+                nullptr};
             check_values(statistic, false);
         }
     }
@@ -399,7 +400,8 @@ struct Problems {
     void check_mask(Bools a) { check(is_absent(a), same(a.dimensions(), x.dimensions())); }
     void check_values(ffi::AnyBuffer a, bool optional) {
         const ffi::DataType f64 = ffi::DataType::F64, f32 = ffi::DataType::F32;
-        check(optional && is_absent(a), a.element_type() == (x.element_type() == f64 ? f64 : f32) && has_row(a, channels));
+        check(optional && is_absent(a),
+              a.element_type() == (x.element_type() == f64 ? f64 : f32) && has_row(a, channels));
     }
     void check_epsilon(Words a) { check(false, has_row(a, EPSILON_WORDS)); }
 
@@ -411,7 +413,8 @@ struct Problems {
 
   private:
     void check(bool absent, bool fits) {
-        if (!wrong && !absent && !fits) wrong = "an operand or a result does not have the shape or dtype that goes with x";
+        if (!wrong && !absent && !fits)
+            wrong = "an operand or a result does not have the shape or dtype that goes with x";
     }
     template <typename Buffer> bool has_row(const Buffer &a, int64_t length) const {
         const Dims dims = a.dimensions();

@@ -28,10 +28,10 @@ def backend() -> str:
 
 
 def register() -> None:
-    """Make pyreg's kernels known to XLA, so that this process can run programs that were compiled or exported elsewhere.
+    """Make pyreg's kernels known to XLA, so that this process can run programs that another one compiled or exported.
 
-    ``import pyreg.jax`` does it where it is sure that XLA takes them, and lowering an op does it, too.  Calling it again
-    does nothing.
+    ``import pyreg.jax`` does it where it is sure that XLA takes them, and lowering an op does it, too.  Calling it
+    again does nothing.
 
     Raises
     ------
@@ -80,8 +80,8 @@ def describe() -> str:
 def ffi_targets() -> list[str]:
     """The names under which exported programs call pyreg's kernels; they stay as they are.
 
-    `jax.export` wants to be told of them; whoever runs the program has to import `pyreg.jax`, or, where that is not enough,
-    to call :func:`pyreg.jax.register`.
+    `jax.export` wants to be told of them; whoever runs the program has to import `pyreg.jax`, or, where that is not
+    enough, to call :func:`pyreg.jax.register`.
 
     Examples
     --------

@@ -4,8 +4,8 @@ forward   x, scale, bias, epsilon, [mask], [residual]                           
 tangent   dx, dscale, dbias, [dresidual]; x, mean, var, scale, epsilon, [mask], [y]  -> dy, dmean, dvar
 backward  its transpose: dy, dmean, dvar; x, mean, var, scale, epsilon, [mask], [y]  -> dx, dscale, dbias, [dresidual]
 
-Statistics alone, which are then pooled over devices, have mean, low and var in place of y, mean and var: float32 may hold
-the mean of data far from zero to no more than a good part of a standard deviation, and low is what it lacks.
+Statistics alone, which are then pooled over devices, have mean, low and var in place of y, mean and var.  Of data far
+from zero float32 may hold the mean to no more than a good part of a standard deviation; low is what it lacks.
 
 Behind batch dims, which come from vmap and are problems of their own, x and what is like it have the array's dims;
 statistics and parameters have one, in float64 for float64 data, else in float32; epsilon is a number of _numbers.py.
@@ -122,8 +122,8 @@ def _pool(weight: Array, statistics: Sequence[Array], psum: Callable[[Array], Ar
 
 
 def _split_digits(a: Array) -> tuple[Array, Array]:
-    """a as the sum of its first third of binary digits, whose products and their sums over some parts are exact, and the
-    rest."""
+    """a as the sum of two: its first third of binary digits, whose products are exact, and so are sums of a few of
+    these; and the rest."""
     info = jnp.finfo(a.dtype)
     first = lax.reduce_precision(a, info.nexp, info.nmant // 3)
     return first, jnp.where(jnp.isfinite(a), a - first, 0)
@@ -153,8 +153,11 @@ def _forward(x: Array, scale: Array, bias: Array, epsilon: Array, *rest: Array, 
 
 
 def _from_mean(x: Array, mean: Array, mask: Array | None, o: Options) -> tuple[Array, Array]:
-    """Elements of each channel, and x - mean, 0 for masked elements that are not finite.  Of statistics alone a part may
-    have no elements: then 1 for 0, and no masked element counts; NaN would spread through derivatives, even times 0."""
+    """Elements of each channel, and x - mean, 0 for masked elements that are not finite.
+
+    Of statistics alone a part may have no elements: then 1 for 0, and no masked element counts; NaN would spread
+    through derivatives, even times 0.
+    """
     n, centred = _count(x, mask, o), _wide(x) - _along(mean, x, o)
     if mask is None:
         return n, centred
@@ -290,7 +293,7 @@ def _callback_backward(*args: Any, o: Options) -> list[Any]:
 
 
 def _dims(args: Sequence[Any], o: Options, epsilon: int) -> tuple[list[str], list[str], list[list[str]]]:
-    """Names of the dims of x, of a value per channel, and of each operand, of which epsilon is the one with that number."""
+    """Names of the dims of x, of a value per channel, and of each operand; `epsilon`: the number of that operand."""
     batch, ndim = _batch_dims(args), max(len(a.shape) for a in args)
     full = [f"x{d}" for d in range(ndim)]
     channels = [*full[:batch], full[batch + o.axis]]
@@ -330,9 +333,7 @@ def _shard_forward(axes: dict[str, Any], _: Any, *args: Array, o: Options) -> li
 
     def normalise(x: Array, mean: Array, low: Array, var: Array, *rest: Array, o: Options) -> Array:
         scale, bias, epsilon, *residual = rest
-        return _normalise(
-            x, mean, low, var, scale, bias, _numbers.read(epsilon, var.dtype), *residual, o=o
-        )
+        return _normalise(x, mean, low, var, scale, bias, _numbers.read(epsilon, var.dtype), *residual, o=o)
 
     return [_problems(normalise)(x, mean, low, var, scale, bias, epsilon, *rest[o.masked :], o=o), mean, var]
 
@@ -594,11 +595,8 @@ def batch_norm_inference(
     if mean is None or var is None:
         raise TypeError("mean or var is None; wanted one value per channel")
     relu = _ops._check_activation(activation)
-    values = [
-        _check_values(value, x, axis, default, name)
-        for value, default, name in ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
-    ]
+    given = ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
+    means, variances, scales, biases = (_check_values(v, x, axis, default, name) for v, default, name in given)
     rest = _check_optional(x, None, residual)
-    mean, var, scale, bias = values
     o = Options(axis, relu, False, residual is not None)
-    return _normalise(x, mean, None, var, scale, bias, float(_ops._check_epsilon(epsilon)), *rest, o=o)
+    return _normalise(x, means, None, variances, scales, biases, float(_ops._check_epsilon(epsilon)), *rest, o=o)

@@ -18,13 +18,12 @@ else:
 try:  # else programs for several devices are not found in the persistent compilation cache
     from jax._src.custom_partitioning import _custom_partitioning_lowering_rule, _sharding_callbacks
 except ImportError:
-    _sharding_callbacks = None
+    _sharding_callbacks = None  # type: ignore[assignment]
 
 try:  # else checkify does not see NaN in results of these primitives
-    from jax._src.checkify import error_checks, nan_error_check
+    from jax._src import checkify as _checkify
 except ImportError:
-    error_checks = {}
-    nan_error_check = None
+    _checkify = None  # type: ignore[assignment]
 
 try:  # else jet does not know these primitives
     from jax.experimental.jet import jet_rules
@@ -36,8 +35,8 @@ def register(primitive: Primitive, jet_rule: Callable[..., Any]) -> None:
     """What JAX wants to know of a primitive besides its public rules."""
     if CAN_PARTITION:
         _need_devices.add(primitive)
-    if nan_error_check is not None:
-        error_checks[primitive] = functools.partial(nan_error_check, primitive)
+    if hasattr(_checkify, "error_checks") and hasattr(_checkify, "nan_error_check"):
+        _checkify.error_checks[primitive] = functools.partial(_checkify.nan_error_check, primitive)
     jet_rules[primitive] = jet_rule
 
 
@@ -46,9 +45,10 @@ def lower_partitioned(
 ) -> Any:
     """Lowers a call of `jax.experimental.custom_partitioning`, which is all of a jaxpr.
 
-    JAX names the Python functions that partition by their address, and leaves what they compute out of the program.  The
-    persistent compilation cache then finds nothing, or, with `jax_remove_custom_partitioning_ptr_from_cache_key`, what
-    another function computes.  Here the name is a digest of `meaning`, which has to say all that the result depends on.
+    JAX names the Python functions that partition by their address, and leaves what they compute out of the program.
+    The persistent compilation cache then finds nothing, or, with `jax_remove_custom_partitioning_ptr_from_cache_key`,
+    what another function computes.  Here the name is a digest of `meaning`, which has to say all that the result
+    depends on.
     """
     if _sharding_callbacks is None or len(closed_jaxpr.eqns) != 1:
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)

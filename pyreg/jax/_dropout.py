@@ -1,8 +1,8 @@
 """Dropout as a JAX primitive: linear in x for a given key, and only the key is kept for the backward pass.
 
-Operands: x (batch..., inner...); the key's words (batch..., words), and what there is to know of the rate (batch..., n),
-of _numbers.py, both with 1 in place of a batch dim that shares them.  Batch dims come from vmap; an element's index in the
-mask counts over the inner dims only.
+Operands: x (batch..., inner...); the key's words (batch..., words), and what there is to know of the rate (batch...,
+numbers), of _numbers.py, both with 1 in place of a batch dim that shares them.  Batch dims come from vmap; an element's
+index in the mask counts over the inner dims only.
 """
 
 import functools
@@ -58,6 +58,7 @@ def _threefry(words: jax.Array, numbers: jax.Array, shape: tuple[int, ...], x64:
     index = jnp.arange(n, dtype=jnp.uint32)
     a, b = threefry2x32(words[0], words[1], jnp.zeros_like(index), index)
     low, high = numbers[_numbers.LIMIT]
+    kept: jax.Array
     if x64:
         limit = high.astype(jnp.uint64) << 32 | low.astype(jnp.uint64)
         kept = (a.astype(jnp.uint64) << 32 | b.astype(jnp.uint64)) >> 12 < limit
@@ -140,9 +141,7 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 # ---- By kernel -------------------------------------------------------------------------------------------------------
 
 
-def _native(
-    x: jax.Array, words: jax.Array, numbers: jax.Array, *, reuse: bool, mask: Mask
-) -> Sequence[jax.Array]:
+def _native(x: jax.Array, words: jax.Array, numbers: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
     whole = _mask_shape(x.shape[x.ndim - len(mask.broadcast) :], mask)
     window, generator = _window((0,) * len(whole), whole), _ops._IMPLS[mask.generator]
     if not mask.shared or mask.generator == "philox":  # whose bits cost no more than to read them
@@ -158,8 +157,13 @@ def _window(shard: Sequence[Any], whole: Sequence[Any]) -> jax.Array:
     """How many shards lie in front of this one in each inner dim, and the mask's shape: low words, high words."""
     low = [n & 0xFFFFFFFF if isinstance(n, int) else n for n in whole]
     high = [n >> 32 if isinstance(n, int) else 0 for n in whole]
-    rows = [[np.uint32(n) if isinstance(n, int) else jnp.asarray(n).astype(jnp.uint32) for n in row] for row in (shard, low, high)]
-    return jnp.stack([jnp.stack(row) for row in rows]) if len(whole) else jnp.zeros((3, 0), jnp.uint32)
+    return jnp.stack([_as_uint32(row) for row in (shard, low, high)])
+
+
+def _as_uint32(values: Sequence[Any]) -> jax.Array:
+    """A symbolic dim is what it will be."""
+    words = [np.uint32(n) if isinstance(n, int) else jnp.asarray(n).astype(jnp.uint32) for n in values]
+    return jnp.stack(words) if words else jnp.zeros(0, jnp.uint32)
 
 
 def _call(name: str, x: jax.Array, *operands: jax.Array, reuse: bool, **attributes: Any) -> Sequence[jax.Array]:
@@ -232,7 +236,7 @@ dropout_p = _primitive.define(
 
 
 def _jvp(primals: Any, tangents: Any, *, mask: Mask) -> Any:
-    dx, *known = tangents[0], *primals[1:]
+    dx, known = tangents[0], primals[1:]
     if type(dx) is ad.Zero:
         return dropout_p.bind(*primals, mask=mask), [dx]
     mask = mask._replace(shared=True)
@@ -282,7 +286,7 @@ def check_impl(impl: Impl) -> None:
 
 def dropout(
     x: jax.typing.ArrayLike,
-    rate: float = 0.5,
+    rate: jax.typing.ArrayLike = 0.5,
     *,
     key: jax.Array,
     deterministic: bool = False,
@@ -336,30 +340,29 @@ def dropout(
     >>> pyreg.jax.dropout(x, 0.5, key=jax.random.key(0))
     Array([2., 0., 0., 0., 2., 2., 2., 0.], dtype=float32)
     """
-    traced = isinstance(rate, jax.core.Tracer)
-    if not traced:
-        rate = _ops._check_rate(rate)
+    traced = _check_traced(rate) if isinstance(rate, jax.core.Tracer) else None
+    known = _ops._check_rate(rate) if traced is None else None  # type: ignore[arg-type]  # it is checked there
     check_impl(impl)
     x = _primitive.check_array(x)
     mask_shape = _ops._mask_shape(x.shape, broadcast_dims)
-    if deterministic or (not traced and rate == 0.0):
+    if deterministic or known == 0.0:
         return x
-    if not traced and rate == 1.0:
+    if known == 1.0:
         return jnp.zeros_like(x)
     words, generator, key_impl = _words_of(key, impl)
     broadcast, x64 = tuple(m == 1 for m in mask_shape), _primitive.flag("jax_enable_x64")
     mask = Mask(generator, broadcast, key_impl, _primitive.flag("jax_threefry_partitionable"), x64)
-    if traced:
-        rate = _check_traced(rate)
-        numbers = _numbers.of_traced_rate(rate, x.dtype, generator, x64)
+    if traced is not None:
+        numbers = _numbers.of_traced_rate(traced, x.dtype, generator, x64)
     else:
-        numbers = _numbers.of_rate(rate, x.dtype, generator, x64)
+        assert known is not None
+        numbers = _numbers.of_rate(known, x.dtype, generator, x64)
     x, words, numbers = _primitive.vary_alike(x, words, numbers)
     y: jax.Array = dropout_p.bind(x, words, numbers, mask=mask)[0]
-    return _with_derivative(y, rate) if traced else y
+    return y if traced is None else _with_derivative(y, traced)
 
 
-def _check_traced(rate: Any) -> jax.Array:
+def _check_traced(rate: Any) -> Any:
     """A traced rate as float32, or, with x64, float64."""
     if rate.ndim != 0:
         raise ValueError(f"rate has shape {rate.shape}; wanted one number; jax.vmap maps over rates")
@@ -376,14 +379,12 @@ def _with_derivative(y: jax.Array, rate: jax.Array) -> jax.Array:
 
 def _with_derivative_jvp(primals: Any, tangents: Any) -> Any:
     (y, rate), (dy, drate) = primals, tangents
-    none = [type(t) is jax.custom_derivatives.SymbolicZero for t in (dy, drate)]
-    of_rate = None
-    if not none[1]:
-        keep = 1 - rate
-        of_rate = y * jnp.where(keep > 0, drate / keep, 0).astype(y.dtype)
-    if of_rate is None:
+    none = jax.custom_derivatives.SymbolicZero
+    if type(drate) is none:
         return y, dy
-    return y, of_rate if none[0] else dy + of_rate
+    keep = 1 - rate
+    of_rate = y * jnp.where(keep > 0, drate / jnp.where(keep > 0, keep, 1), 0).astype(y.dtype)
+    return y, of_rate if type(dy) is none else dy + of_rate
 
 
 _with_derivative.defjvp(_with_derivative_jvp, symbolic_zeros=True)

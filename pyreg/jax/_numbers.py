@@ -86,7 +86,7 @@ def of_traced_rate(rate: Array, dtype: Any, generator: str, x64: bool) -> Array:
 
 def drops_all(numbers: Array) -> Array:
     """Whether the rate is 1 or more; philox's limit has no room for that."""
-    return lax.bitcast_convert_type(numbers[1], jnp.int32) >= np.int32(0x3FF00000)
+    return lax.ge(lax.bitcast_convert_type(numbers[1], jnp.int32), np.int32(0x3FF00000))
 
 
 def scale_of(numbers: Array, dtype: Any) -> Array:

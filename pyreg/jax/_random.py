@@ -35,7 +35,7 @@ def threefry2x32(k0: jax.Array, k1: jax.Array, x0: jax.Array, x1: jax.Array) -> 
 
 _clear_caches: Callable[[], None] = jax.clear_caches  # it has no type hints
 _lock = threading.Lock()
-_handles = 0  # how many are not undone
+_calls: set[object] = set()  # of accelerate_random, that are not undone
 _restore: Callable[[], None]
 _warned = False
 
@@ -76,17 +76,15 @@ def _switch() -> Callable[[], None] | None:
 class _Handle:
     """What :func:`accelerate_random` returns."""
 
-    def __init__(self, active: bool) -> None:
-        self._active = active
+    def __init__(self) -> None:
+        self._call = object()  # the same one in a copy of the handle
 
     def undo(self) -> None:
         """Take this call back.  JAX's own lowering returns with the last one; calling it again does nothing."""
-        global _handles
         with _lock:
-            if self._active:
-                self._active = False
-                _handles -= 1
-                if not _handles:
+            if self._call in _calls:
+                _calls.remove(self._call)
+                if not _calls:
                     _restore()
 
     def __enter__(self) -> "_Handle":
@@ -127,12 +125,13 @@ def accelerate_random() -> _Handle:
     >>> with pyreg.jax.accelerate_random():
     ...     x = jax.random.normal(jax.random.key(0), (1000,))
     """
-    global _handles, _restore
+    global _restore
+    handle = _Handle()
     with _lock:
-        if not _handles:
+        if not _calls:
             restore = _switch()
             if restore is None:
-                return _Handle(active=False)
+                return handle
             _restore = restore
-        _handles += 1
-        return _Handle(active=True)
+        _calls.add(handle._call)
+    return handle

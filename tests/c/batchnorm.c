@@ -73,8 +73,9 @@ static void run(enum pyreg_dtype dtype, int64_t n, int64_t channels, int64_t inn
         const bool relu = option & 1, masked = option & 2;
         const struct pyreg_batchnorm args = {
             dtype, 3, 1, shape, 1e-5, relu, option ? scale : NULL, option ? bias : NULL};
-        enum pyreg_status status = pyreg_batchnorm_forward(&args, x, strides, masked ? mask : NULL, mask_strides,
-                                                           relu ? residual : NULL, strides, y, strides, mean, NULL, var);
+        enum pyreg_status status =
+            pyreg_batchnorm_forward(&args, x, strides, masked ? mask : NULL, mask_strides, relu ? residual : NULL,
+                                    strides, y, strides, mean, NULL, var);
         expect(status == PYREG_OK, "forward", n, channels, inner);
         status = pyreg_batchnorm_backward(&args, dy, strides, x, strides, masked ? mask : NULL, mask_strides, y,
                                           strides, mean, var, NULL, NULL, dx, strides, relu ? dresidual : NULL, strides,

@@ -35,7 +35,8 @@ static void check(enum pyreg_dtype dtype, const struct pyreg_mask *mask, size_t 
     const int64_t shape = (int64_t)n, dense = (int64_t)size, strided = step * (int64_t)size;
     char *x = ones(dtype, room), *y = malloc(n * size + !n);
     uint8_t *kept = malloc(n + !n), *packed = malloc((n + 7) / 8 + !n);
-    if (pyreg_dropout(dtype, mask, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, y, &dense, NULL)) fail("dropout", n);
+    if (pyreg_dropout(dtype, mask, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, y, &dense, NULL))
+        fail("dropout", n);
     if (pyreg_dropout_mask(mask, n, false, kept) || pyreg_dropout_mask(mask, n, true, packed)) fail("mask", n);
     for (size_t i = 0; i < n; i++) {
         if (is_zero(y + i * size, size) == kept[i]) fail("dropout is not the mask", n);
@@ -44,10 +45,13 @@ static void check(enum pyreg_dtype dtype, const struct pyreg_mask *mask, size_t 
     char *again = malloc(n * size + !n);
     struct pyreg_mask from_bits = {.generator = PYREG_PACKED, .rate = mask->rate};
     from_bits.bits = packed, from_bits.num_bytes = (n + 7) / 8;
-    if (pyreg_dropout(dtype, &from_bits, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, again, &dense, NULL)) fail("from bits", n);
+    if (pyreg_dropout(dtype, &from_bits, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, again, &dense,
+                      NULL))
+        fail("from bits", n);
     if (n && memcmp(again, y, n * size)) fail("from bits differs", n);
     free(again);
-    if (pyreg_dropout(dtype, mask, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, x, &strided, NULL)) fail("in place", n);
+    if (pyreg_dropout(dtype, mask, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, x, &strided, NULL))
+        fail("in place", n);
     for (size_t i = 0; i < n; i++)
         if (memcmp(x + i * (size_t)strided, y + i * size, size)) fail("in place differs", n);
     free(x), free(y), free(kept), free(packed);
@@ -60,7 +64,9 @@ static void check_shared(const struct pyreg_mask *mask, size_t rows, size_t colu
     const int64_t mask_strides[2] = {by_row, !by_row};
     char *x = ones(PYREG_F32, n);
     uint8_t *kept = malloc(n);
-    if (pyreg_dropout(PYREG_F32, mask, pyreg_dropout_scale(PYREG_F32, mask->rate), 2, shape, x, strides, x, strides, mask_strides)) fail("shared", n);
+    if (pyreg_dropout(PYREG_F32, mask, pyreg_dropout_scale(PYREG_F32, mask->rate), 2, shape, x, strides, x, strides,
+                      mask_strides))
+        fail("shared", n);
     if (pyreg_dropout_mask(mask, by_row ? rows : columns, false, kept)) fail("mask", n);
     for (size_t i = 0; i < n; i++)
         if (is_zero(x + 4 * i, 4) == kept[by_row ? i / columns : i % columns])
