@@ -382,7 +382,7 @@ def _with_derivative_jvp(primals: Any, tangents: Any) -> Any:
     none = jax.custom_derivatives.SymbolicZero
     if type(drate) is none:
         return y, dy
-    keep = 1 - rate
+    y, keep = _with_derivative(y, rate), 1 - rate
     of_rate = y * jnp.where(keep > 0, drate / jnp.where(keep > 0, keep, 1), 0).astype(y.dtype)
     return y, of_rate if type(dy) is none else dy + of_rate
 

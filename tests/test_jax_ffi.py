@@ -1,0 +1,105 @@
+"""XLA's handlers, called with operands that do not fit: a program, or a damaged file of one, may say anything."""
+
+from common import python
+from jaxcommon import jax  # noqa: F401  # skipped without JAX
+
+PROGRAM = """
+import itertools, sys
+import jax, numpy as np, pyreg.jax
+from jax import ShapeDtypeStruct as S
+jnp = jax.numpy
+pyreg.jax.register()
+
+f4, u4, u1, b1, i4 = (np.dtype(t) for t in ("f4", "u4", "u1", "?", "i4"))
+x, c = S((4, 6), f4), S((6,), f4)
+words = pyreg.jax._numbers.of_rate(0.5, jnp.dtype("f4"), "philox", False)
+window = np.array([[0, 0], [4, 6], [0, 0]], "u4")
+window_v1 = np.array([[0, 0], [4, 6]], "i4")
+epsilon = pyreg.jax._numbers.words_of(1e-5)
+
+# name: operands (types are filled with ones), results, attributes
+CALLS = {
+    "pyreg_dropout_v2": ([x, S((2,), u4), words, window], [x], {"generator": 0}),
+    "pyreg_dropout_mask_v2": ([S((2,), u4), words, window], [S((3,), u1)], {"generator": 0}),
+    "pyreg_dropout_packed_v2": ([x, S((3,), u1), words, window], [x], {}),
+    "pyreg_dropout_v1": ([x, S((2,), u4), window_v1], [x], {"generator": 0, "rate": 0.5}),
+    "pyreg_dropout_mask_v1": ([S((2,), u4), window_v1], [S((3,), u1)], {"generator": 0, "rate": 0.5}),
+    "pyreg_dropout_packed_v1": ([x, S((3,), u1), window_v1], [x], {"rate": 0.5}),
+    "pyreg_batch_norm_forward_v2": ([x, c, c, epsilon, S((4, 6), b1), x], [x, c, c, c], {"axis": 1, "relu": True}),
+    "pyreg_batch_norm_backward_v2": (
+        [x, c, c, x, c, c, c, epsilon, S((4, 6), b1), x], [x, c, c, x], {"axis": 1}),
+    "pyreg_batch_norm_forward_v1": (
+        [x, c, c, S((4, 6), b1), x], [x, c, c], {"axis": 1, "relu": True, "epsilon": 1e-5}),
+    "pyreg_batch_norm_backward_v1": (
+        [x, c, c, x, c, c, c, S((4, 6), b1), x], [x, c, c, x], {"axis": 1, "epsilon": 1e-5}),
+}
+
+def value(operand):
+    return np.ones(operand.shape, operand.dtype) if isinstance(operand, S) else operand
+
+def run(name, operands, results, attributes):
+    attributes = {k: np.int64(v) if type(v) is int else v for k, v in attributes.items()}
+    try:
+        jax.block_until_ready(jax.ffi.ffi_call(name, results)(*map(value, operands), **attributes))
+    except Exception as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            print(name, type(error).__name__, str(error)[:200])
+        return False
+    return True
+
+def wrong_types(t):
+    \"\"\"Other shapes of the same dtype, and other dtypes.\"\"\"
+    shape, dtype = t.shape, np.dtype(t.dtype)
+    for other in {(), (1,), (1 << 20,), (*shape, 1), (1, *shape), shape[:-1], (*shape[:-1], shape[-1] + 1),
+                  (*shape[:-1], shape[-1] - 1), (*shape[:-1], 1 << 20), (2, *shape), (1,) * 62, (0, *shape)}:
+        yield S(other, dtype)
+    for other in {f4, np.dtype("f2"), u4, u1, b1, i4, np.dtype("c8")} - {dtype}:
+        yield S(shape, other)
+    yield S((), np.dtype("u2"))
+
+# What fits all the same: batch dims of 1 or of the same length, an absent operand, another window of the same size ...
+# Here only that nothing crashes, and how many calls are refused.
+for name, (operands, results, attributes) in CALLS.items():
+    assert run(name, operands, results, attributes), name
+    refused = taken = 0
+    for i in range(len(operands)):
+        for wrong in wrong_types(operands[i]):
+            if run(name, [*operands[:i], wrong, *operands[i + 1 :]], results, attributes):
+                taken += 1
+            else:
+                refused += 1
+    for i in range(len(results)):
+        for wrong in wrong_types(results[i]):
+            if run(name, operands, [*results[:i], wrong, *results[i + 1 :]], attributes):
+                taken += 1
+            else:
+                refused += 1
+    for key, bad in itertools.product(attributes, (-1, 2, 3, 7, 1 << 32, -(1 << 63), (1 << 32) + 1, 1.5, float("nan"))):
+        was = attributes[key]
+        if isinstance(was, bool) or isinstance(was, int) != isinstance(bad, int):
+            continue
+        if run(name, operands, results, {**attributes, key: bad}):
+            taken += 1
+        else:
+            refused += 1
+    print("counts", name, refused, taken)
+
+# Windows of any content read and write nothing outside, whatever they mean.
+rng = np.random.default_rng(0)
+for _ in range(60):
+    values = [0, 1, 4, 6, 7, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]
+    words_of_window = rng.choice(np.array(values, "u4"), (3, 2))
+    run("pyreg_dropout_v2", [x, S((2,), u4), words, words_of_window], [x], {"generator": 0})
+    run("pyreg_dropout_packed_v2", [x, S((3,), u1), words, words_of_window], [x], {})
+    run("pyreg_dropout_mask_v2", [S((2,), u4), words, words_of_window], [S((3,), u1)], {"generator": 0})
+    run("pyreg_dropout_v1", [x, S((2,), u4), words_of_window[:2].view("i4")], [x], {"generator": 0, "rate": 0.5})
+"""
+
+
+def test_calls_that_do_not_fit():
+    lines = python(PROGRAM, warnings="ignore", timeout=300).splitlines()
+    counts = [line.split()[1:] for line in lines if line.startswith("counts")]
+    assert [line for line in lines if not line.startswith("counts")] == []
+    assert len(counts) == 10
+    for name, refused, taken in counts:
+        assert int(refused) > 5 * int(taken), (name, refused, taken)
