@@ -6,8 +6,20 @@ import warnings
 
 import numpy as np
 import pytest
+import reference
 from common import normal
-from jaxcommon import FEW_PLACEMENTS, NamedSharding, auto_mesh, explicit_mesh, jax, meshes, placements, put, run_cases
+from jaxcommon import (
+    FEW_PLACEMENTS,
+    NamedSharding,
+    auto_mesh,
+    explicit_mesh,
+    jax,
+    meshes,
+    placements,
+    put,
+    run_cases,
+    ulps,
+)
 from jaxcommon import PartitionSpec as P
 from test_batchnorm import F32, F64, masked_somewhere
 from test_jax_batchnorm import assert_close, batch_norm, formula, unequal_parts, weights, whole, x64
@@ -126,13 +138,106 @@ def dtypes():
             assert_close(run(f, place(args, auto_mesh(), ("a", "b", None)), 3), f(*args), tolerance)
 
 
+def far_from_zero(ratio, parts, masked):
+    """Normal channels with that ratio of mean to deviation; a mask leaves one element of the first of the parts."""
+    rng = np.random.default_rng(parts)
+    x = (ratio * rng.uniform(1, 2, 6) + rng.standard_normal((parts * 40, 6))).astype(F32)
+    mask = np.ones((len(x), 1), bool)
+    if masked:
+        mask[1:40], mask[60] = False, False
+    return x, mask
+
+
+def assert_right(results, x, mask, what):
+    """Within the accuracy of one device."""
+    y, mean, var = (np.asarray(a, F64) for a in results)
+    want_mean, want_var, _ = reference.batch_statistics(x, 1, mask)
+    want = reference.normalise(x, want_mean, want_var, axis=1)
+    assert np.abs(var / want_var - 1).max() < 4e-7, what
+    assert (np.abs(mean - want_mean) <= np.spacing(np.abs(want_mean).astype(F32))).all(), what
+    assert ulps(y[mask[:, 0]], want[mask[:, 0]]) < 4, what
+
+
 @case
-def large_means():
-    """The parts' statistics are pooled without cancellation."""
-    x = normal((64, 4, 6), F32) + np.float32(1e4)
-    want = formula(x.astype(F64), axis=1)
-    _, _, var = run(lambda x: batch_norm(x, axis=1), [put(x, auto_mesh(), "a", None, "b")], 2)
-    assert np.abs(var / want[2] - 1).max() < 1e-4
+def any_ratio_of_mean_to_deviation():
+    """Pooled by XLA, and by the name of an axis of shard_map, pmap and vmap."""
+    for ratio, parts, masked in itertools.product((0, 1e3, 1e5, 1e7), (2, 4, 8), (False, True)):
+        x, mask = far_from_zero(ratio, parts, masked)
+        given = mask if masked else None
+        mesh = jax.make_mesh((parts,), ("a",), devices=jax.devices()[:parts], axis_types=(jax.sharding.AxisType.Auto,))
+        what = ratio, parts, masked
+        assert_right(run(lambda x, given=given: batch_norm(x, mask=given), [put(x, mesh, "a")], 2), x, mask, what)
+
+        def named(x, mask):
+            return batch_norm(x, mask=mask if masked else None, axis_name="a")  # noqa: B023
+
+        out = P("a"), P(), P()
+        got = jax.jit(jax.shard_map(named, mesh=mesh, in_specs=P("a"), out_specs=out))(x, mask)
+        assert_right(got, x, mask, what)
+        folded = [a.reshape(parts, 40, -1) for a in (x, mask)]
+        for each in (jax.pmap(named, axis_name="a", devices=jax.devices()[:parts]), jax.vmap(named, axis_name="a")):
+            y, mean, var = each(*folded)
+            assert_right((y.reshape(x.shape), mean[0], var[0]), x, mask, what)
+
+
+@case
+def gradients_far_from_zero():
+    """dx and dscale by reverse mode; by forward mode dy . J dy, which is dx . dy, also on one device."""
+    x, _ = far_from_zero(1e5, 4, False)
+    dy, scale = normal(x.shape, F32, 1), np.ones(6, F32)
+    want_dx, want_dscale, _, _ = reference.batch_norm_backward(dy, x, axis=1)
+    shards = [put(x, auto_mesh(), "a"), put(scale, auto_mesh())]
+
+    def f(x, scale):
+        return batch_norm(x, scale)[0]
+
+    dx, dscale = jax.jit(lambda x, scale: jax.vjp(f, x, scale)[1](jnp.asarray(dy)))(*shards)
+    assert np.abs(dx - want_dx).max() < 1e-5 * np.abs(want_dx).max()
+    assert np.abs(dscale - want_dscale).max() < 1e-5 * np.abs(want_dscale).max()
+    for args in (shards, [jnp.asarray(x), jnp.asarray(scale)]):
+        tangent = jax.jit(lambda x, scale: jax.jvp(lambda x: f(x, scale), (x,), (jnp.asarray(dy),))[1])(*args)
+        assert np.abs((np.asarray(tangent, F64) * dy).sum() - (want_dx * dy).sum()) < 1e-4 * np.abs(want_dx * dy).sum()
+
+
+@case
+def constant_channels():
+    """Every part has the same mean: y is exactly the bias."""
+    for value in (3.25, 1e-30, 1234.567, 16777217.0):
+        x, bias = np.full((24, 3), value, F32), np.float32([0, 1, -2.5])
+        y, mean, var = jax.jit(lambda x, bias: batch_norm(x, None, bias))(put(x, auto_mesh(), ("a", "b")), bias)
+        np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+        np.testing.assert_array_equal(mean, x[0])
+        assert not np.asarray(var).any()
+
+
+@case
+def specials():
+    """NaN and Inf stay in their channel, and the mean is that of one device."""
+    x = normal((16, 4), F32)
+    x[3, 0], x[12, 1], x[2, 2], x[13, 2] = np.nan, np.inf, np.inf, -np.inf
+    want = batch_norm(jnp.asarray(x))
+    got = jax.jit(batch_norm)(put(x, auto_mesh(), ("a", "b")))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@case
+def second_derivatives_of_cut_channels():
+    """Under meshes whose shardings are part of a type, channels and elements cut."""
+    x = jax.random.normal(jax.random.key(1), (8, 6))
+
+    def product(f):
+        gradient = jax.grad(lambda x: (f(x)[0] ** 3 + f(x)[1] * f(x)[2]).sum())
+        return jax.jit(lambda x: jax.jvp(gradient, (x,), (jnp.cos(x),))[1])
+
+    want = product(formula)(x)
+    for mesh in meshes():
+        for spec in ((None, "b"), ("a", "b"), ("a",)):
+            with jax.set_mesh(mesh):
+                got = product(batch_norm)(put(x, mesh, *spec))
+                statistic = jax.jit(batch_norm)(put(x, mesh, *spec))[1]
+            assert_close(got, want, 1e-4)
+            assert statistic.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec[1:2])), 1), spec
 
 
 @case
@@ -308,12 +413,19 @@ def groups():
 # ---- In processes ----------------------------------------------------------------------------------------------------
 
 
+EVERY, ON_EIGHT = "every_layout", "any_ratio_of_mean_to_deviation"
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_devices(part):
     """Several in each process: it takes seconds to start."""
-    run_cases("test_jax_batchnorm_devices", [name for name in CASES if name != "every_layout"][part::4])
+    run_cases("test_jax_batchnorm_devices", [name for name in CASES if name not in (EVERY, ON_EIGHT)][part::4])
 
 
 @pytest.mark.slow
 def test_every_layout():
-    run_cases("test_jax_batchnorm_devices", ["every_layout"])
+    run_cases("test_jax_batchnorm_devices", [EVERY])
+
+
+def test_on_eight_devices():
+    run_cases("test_jax_batchnorm_devices", [ON_EIGHT], devices=8)

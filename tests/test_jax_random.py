@@ -1,5 +1,6 @@
 """accelerate_random changes how fast jax.random is on CPUs, and not one bit."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -225,3 +226,19 @@ def test_import_changes_nothing():
         assert mlir._platform_specific_lowerings["cpu"][threefry2x32_p] is stock
         """
     )
+
+
+def test_copies_of_a_handle():
+    """Are one call: JAX's lowering returns once, and the next call works."""
+    x, key = jax.random.normal(jax.random.key(1), (8,)), jax.random.key(1)
+    handle = pyreg.jax.accelerate_random()
+    other = copy.copy(handle)
+    assert not loops()
+    other.undo()
+    handle.undo()
+    copy.deepcopy(handle).undo()
+    assert loops()
+    with pyreg.jax.accelerate_random():
+        assert not loops()
+        np.testing.assert_array_equal(jax.random.normal(key, (8,)), x)
+    assert loops()

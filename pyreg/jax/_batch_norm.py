@@ -109,7 +109,7 @@ def _pool(weight: Array, statistics: Sequence[Array], psum: Callable[[Array], Ar
     """
     mean, low, var = (jnp.where(weight > 0, a, 0) for a in statistics)  # a part may have nothing
     (w, w_rest), (m, m_rest) = _split_digits(weight), _split_digits(mean)
-    rest = w * m_rest + w_rest * m + w_rest * m_rest + weight * low
+    rest = jnp.where(jnp.isfinite(mean), w * m_rest + w_rest * m + w_rest * m_rest + weight * low, 0)
     total, large, small = lax.stop_gradient(psum(jnp.stack([weight, w * m, rest])))
     guess = (large + small) / total
     d = (mean - guess) + low
@@ -126,7 +126,7 @@ def _split_digits(a: Array) -> tuple[Array, Array]:
     these; and the rest."""
     info = jnp.finfo(a.dtype)
     first = lax.reduce_precision(a, info.nexp, info.nmant // 3)
-    return first, jnp.where(jnp.isfinite(a), a - first, 0)
+    return first, a - first
 
 
 def _normalise(

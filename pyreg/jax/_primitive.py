@@ -132,7 +132,8 @@ def _jet_by(reference: Function, primals: Any, series: Any, **params: Any) -> An
         left = iter(args)
         return list(reference(*(next(left) if s else p for s, p in zip(smooth, primals, strict=True)), **params))
 
-    return jet(function, tuple(itertools.compress(primals, smooth)), tuple(itertools.compress(series, smooth)))
+    operands, terms = tuple(itertools.compress(primals, smooth)), tuple(itertools.compress(series, smooth))
+    return jet(function, operands, terms, factorial_scaled=False)  # a rule has coefficients, not derivatives
 
 
 def flag(name: str) -> bool:
