@@ -204,7 +204,7 @@ def _callback(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
         rate, scale = np.broadcast_to(numbers, (*own, _numbers.COUNT))[at][:4].copy().view("<f8")
         all_strides = (0,) * (a.ndim - len(strides)) + strides
         code, generator, inside = _ops._as_input(a)[1], _ops._IMPLS[mask.generator], min(max(rate, 0.0), 1.0)
-        _core.dropout(code, a, y[mine], generator, key, inside, 0, float(scale), all_strides)
+        _core.dropout(code, a, y[mine], generator, key, inside, 0, True, all_strides, float(scale))
     return [y]
 
 

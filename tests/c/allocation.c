@@ -24,10 +24,15 @@ static enum pyreg_status call(int op, struct results *r) {
     const struct pyreg_batchnorm args = {PYREG_F32, 2, 1, shape, 1e-5, false, NULL, NULL};
     const struct pyreg_mask random = {PYREG_THREEFRY, {1, 2}, 0.3, 7, NULL, 0};
     switch (op) {
-    case 0: return pyreg_dropout(PYREG_F32, &random, true, 2, shape, x, columns, r->y, columns, NULL);
-    case 1: return pyreg_dropout(PYREG_F32, &random, true, 2, shape, x, rows, r->y, rows, shared);
+    case 0:
+        return pyreg_dropout(PYREG_F32, &random, pyreg_dropout_scale(PYREG_F32, random.rate), 2, shape, x, columns,
+                             r->y, columns, NULL);
+    case 1:
+        return pyreg_dropout(PYREG_F32, &random, pyreg_dropout_scale(PYREG_F32, random.rate), 2, shape, x, rows, r->y,
+                             rows, shared);
     case 2: return pyreg_dropout_mask(&random, N, true, r->bits);
-    case 3: return pyreg_batchnorm_forward(&args, x, rows, mask, mask_rows, NULL, NULL, r->y, rows, r->mean, r->var);
+    case 3:
+        return pyreg_batchnorm_forward(&args, x, rows, mask, mask_rows, NULL, NULL, r->y, rows, r->mean, NULL, r->var);
     case 4: return pyreg_batchnorm_inference(&args, x, columns, given, given, dy, columns, r->y, columns);
     default:
         return pyreg_batchnorm_backward(&args, dy, rows, x, rows, NULL, NULL, NULL, NULL, given, given, NULL, NULL,

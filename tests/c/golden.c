@@ -138,8 +138,8 @@ static void dropout(enum pyreg_dtype dtype, const int64_t *shape) {
                 const struct pyreg_mask mask = {
                     (enum pyreg_generator)g, {1, 2}, rates[(which + shared) % NUM_RATES], 99, NULL, 0};
                 char *x = filled(dtype, l.length);
-                must(pyreg_dropout(dtype, &mask, shared != 1, 3, shape, x + l.first * size, strides, x + l.first * size,
-                                   strides, mask_strides));
+                must(pyreg_dropout(dtype, &mask, shared != 1 ? pyreg_dropout_scale(dtype, mask.rate) : 1, 3, shape,
+                                   x + l.first * size, strides, x + l.first * size, strides, mask_strides));
                 h = hash(h, x, l.length * size);
                 free(x);
             }
@@ -170,7 +170,7 @@ static void batchnorm(enum pyreg_dtype dtype, const int64_t *shape) {
             const struct pyreg_batchnorm args = {dtype, 3, 1, shape, 0x1p-10, relu, scale, bias};
             const size_t at = l.first * size;
             must(pyreg_batchnorm_forward(&args, x + at, strides, masked ? mask : NULL, mask_strides,
-                                         relu ? residual + at : NULL, strides, y + at, strides, mean, var));
+                                         relu ? residual + at : NULL, strides, y + at, strides, mean, NULL, var));
             must(pyreg_batchnorm_backward(&args, dy + at, strides, x + at, strides, masked ? mask : NULL, mask_strides,
                                           y + at, strides, mean, var, NULL, NULL, dx + at, strides,
                                           relu ? dresidual + at : NULL, strides, dscale, dbias));

@@ -27,12 +27,15 @@ static enum pyreg_status call(int kind, int64_t rows, struct results *r) {
     const struct pyreg_mask mask = {kind == 1 ? PYREG_THREEFRY : PYREG_PHILOX, {3, (uint32_t)rows}, 0.3, 5, NULL, 0};
     switch (kind) {
     case 0:
-    case 1: return pyreg_dropout(PYREG_F32, &mask, true, 2, part, x, strides, r->y, strides, NULL);
+    case 1:
+        return pyreg_dropout(PYREG_F32, &mask, pyreg_dropout_scale(PYREG_F32, mask.rate), 2, part, x, strides, r->y,
+                             strides, NULL);
     case 2: return pyreg_dropout_mask(&mask, (size_t)(rows * CHANNELS), rows % 2, r->mask);
-    case 3: return pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, r->y, strides, r->mean, r->var);
+    case 3:
+        return pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, r->y, strides, r->mean, NULL, r->var);
     default: {
         enum pyreg_status status =
-            pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, r->y, strides, r->mean, r->var);
+            pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, r->y, strides, r->mean, NULL, r->var);
         if (status) return status;
         return pyreg_batchnorm_backward(&args, dy, strides, x, strides, NULL, NULL, NULL, NULL, r->mean, r->var, NULL,
                                         NULL, r->dx, strides, NULL, NULL, r->dscale, r->dbias);

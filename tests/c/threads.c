@@ -31,13 +31,14 @@ static const int64_t shape[2] = {N, CHANNELS}, strides[2] = {CHANNELS * 4, 4};
 
 static enum pyreg_status dropout(float *y) {
     const struct pyreg_mask mask = {.generator = PYREG_PHILOX, .key = {1, 2}, .rate = 0.3};
-    return pyreg_dropout(PYREG_F32, &mask, true, 2, shape, x, strides, y, strides, NULL);
+    return pyreg_dropout(PYREG_F32, &mask, pyreg_dropout_scale(PYREG_F32, mask.rate), 2, shape, x, strides, y, strides,
+                         NULL);
 }
 
 static enum pyreg_status norm(float *y) {
     float mean[CHANNELS], var[CHANNELS];
     const struct pyreg_batchnorm args = {PYREG_F32, 2, 1, shape, 1e-5, false, NULL, NULL};
-    return pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, y, strides, mean, var);
+    return pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, y, strides, mean, NULL, var);
 }
 
 static void *caller(void *number) {
@@ -72,7 +73,8 @@ static bool fork_once(void) {
 static enum pyreg_status long_call(int64_t rows, float *y) {
     const struct pyreg_mask mask = {.generator = PYREG_THREEFRY, .key = {1, 2}, .rate = 0.3};
     const int64_t long_shape[2] = {rows, SIZE}, again[2] = {0, 4}, same_mask[2] = {0, 1};
-    return pyreg_dropout(PYREG_F32, &mask, true, 2, long_shape, x, again, y, again, same_mask);
+    return pyreg_dropout(PYREG_F32, &mask, pyreg_dropout_scale(PYREG_F32, mask.rate), 2, long_shape, x, again, y, again,
+                         same_mask);
 }
 
 int main(void) {
