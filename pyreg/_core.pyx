@@ -189,12 +189,12 @@ cdef bint fits(cnp.ndarray out, cnp.ndarray x):
 
 cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
     """First byte of x, and the first after it; nothing if x has no elements."""
-    if cnp.PyArray_SIZE(x) == 0:
-        return 0, 0
     cdef size_t low = <size_t>cnp.PyArray_DATA(x), high = low + <size_t>cnp.PyArray_ITEMSIZE(x)
     cdef cnp.npy_intp reach
     cdef int d
-    for d in range(x.ndim):
+    for d in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_DIM(x, d) == 0:
+            return 0, 0
         reach = (cnp.PyArray_DIM(x, d) - 1) * cnp.PyArray_STRIDE(x, d)
         if reach < 0:
             low -= <size_t>-reach
@@ -215,7 +215,7 @@ cdef bint in_place(cnp.ndarray x, cnp.ndarray y) noexcept:
     cdef int d
     if cnp.PyArray_DATA(x) != cnp.PyArray_DATA(y):
         return False
-    for d in range(x.ndim):
+    for d in range(cnp.PyArray_NDIM(x)):
         if cnp.PyArray_STRIDE(x, d) != cnp.PyArray_STRIDE(y, d):
             return False
     return True
@@ -269,6 +269,14 @@ def can_write(out, cnp.ndarray x not None, tuple inputs not None, tuple values n
         if a is not None and between(a, low, high):
             return False
     return True
+
+
+def deliver(y, out):
+    """out if it was given, with y in it; else y."""
+    if out is None or y is out:
+        return y
+    out[...] = y
+    return out
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def _check_out(out: Any, x: Array, name: str = "x") -> None:
 
 
 def _prepare_out(out: Array, x: Any, inputs: tuple[Any, ...], name: str = "x", values: tuple[Any, ...] = ()) -> Array:
-    """Where to write: out, or another array like x for :func:`_deliver` to copy from.
+    """Where to write: out, or another array like x for ``_core.deliver`` to copy from.
 
     inputs and values: what must not be spoiled; out may be one of the inputs, which are arrays like x.
     """
@@ -186,14 +186,6 @@ def _prepare_out(out: Array, x: Any, inputs: tuple[Any, ...], name: str = "x", v
     # out is not aligned, in foreign byte order, interleaved, or overlaps an input.  That is not copied instead, because
     # batch-norm's order of additions follows from its strides.
     return _core.empty_like(x)
-
-
-def _deliver(y: Array, out: Array | None) -> Array:
-    """out if it was given, with y in it."""
-    if out is None or y is out:
-        return y
-    out[...] = y
-    return out
 
 
 def _check_rate(rate: float) -> float:
@@ -225,8 +217,6 @@ def _check_key(key: Any) -> int:
 
 
 def _generator(rng: Any) -> np.random.Generator:
-    if type(rng) is np.random.Generator:
-        return rng
     try:
         if hasattr(rng, "__len__"):  # several seeds
             seeds = _as_array(rng, "rng")
@@ -242,7 +232,9 @@ def fresh_key(rng: int | np.random.Generator | None = None) -> int:
     """A key from ``rng`` (int seed or Generator), or from the operating system."""
     if rng is None:
         return int.from_bytes(os.urandom(8), "little")
-    return int(_generator(rng).integers(1 << 64, dtype=np.uint64))
+    if type(rng) is not np.random.Generator:
+        rng = _generator(rng)
+    return int(rng.integers(1 << 64, dtype=np.uint64))
 
 
 def _check_impl(impl: str) -> int:
@@ -299,6 +291,7 @@ def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[
 
 
 LONG = 1 << 20  # elements; shorter calls end before they ask for signals
+_NO_DIMS, _NO_OFFSET = (), 0  # the defaults, seen by identity, which is fast; what equals them gives the same result
 
 
 def _drop_by_fresh_key(
@@ -312,7 +305,7 @@ def _drop_by_fresh_key(
     scaled: bool,
     strides: tuple[int, ...] | None,
 ) -> int:
-    """y = dropout(x) by a key that is drawn here, and returned; if Ctrl-C stops it, as if none had been drawn."""
+    """y = dropout(x) by a key that is drawn here, and returned; if Ctrl-C stops it, it is as if none had been drawn."""
     source = rng.bit_generator if x.size >= LONG and isinstance(rng, np.random.Generator) else None
     state = None if source is None else source.state
     key = fresh_key(rng)
@@ -340,25 +333,25 @@ def _apply(
     rate = _check_rate(rate)
     generator = _check_impl(impl)
     strides = None
-    if type(broadcast_dims) is not tuple or broadcast_dims:
+    if broadcast_dims is not _NO_DIMS:
         strides = _mask_strides(x.shape, _mask_shape(x.shape, broadcast_dims))
-    if type(offset) is not int or offset != 0:
+    if offset is not _NO_OFFSET:
         offset = _check_offset(offset, x.size)
-    if key is None:
-        key = 0
-        fresh = 0.0 < rate < 1.0
-    else:
+    if key is not None:
         if rng is not None:
             raise TypeError("both key and rng are given; wanted one of them")
         key = _check_key(key)
-        fresh = False
+    elif not 0.0 < rate < 1.0:
+        key = 0  # nothing is drawn
 
     y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x,), name)
-    if fresh:
+    if key is None and x.size < LONG:
+        key = fresh_key(rng)
+    if key is None:
         _drop_by_fresh_key(rng, code, x, y, generator, rate, offset, True, strides)
     else:
         _core.dropout(code, x, y, generator, key, rate, offset, True, strides)
-    return _deliver(y, out)
+    return _core.deliver(y, out)
 
 
 def dropout(
@@ -530,7 +523,7 @@ def dropout_mask(
         raise ValueError(
             f"shape is {_shown(shape)}; wanted at most {_core.MAX_DIMS} dims and fewer than 2**63 elements"
         )
-    if type(broadcast_dims) is not tuple or broadcast_dims:
+    if broadcast_dims is not _NO_DIMS:
         shape = _mask_shape(shape, broadcast_dims)
     rate, key, generator = _check_rate(rate), _check_key(key), _check_impl(impl)
     n = math.prod(shape)
@@ -717,7 +710,7 @@ def batch_norm(
     epsilon = _check_epsilon(epsilon)
     y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x, residual), "x", (scale, bias, mask))
     mean, var = _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y)
-    return _deliver(y, out), mean, var
+    return _core.deliver(y, out), mean, var
 
 
 def batch_norm_inference(
@@ -774,7 +767,7 @@ def batch_norm_inference(
     epsilon = _check_epsilon(epsilon)
     y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x, residual), "x", (mean, var, scale, bias))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
-    return _deliver(y, out)
+    return _core.deliver(y, out)
 
 
 def batch_norm_backward(
@@ -850,7 +843,7 @@ def batch_norm_backward(
     dscale, dbias = _core.batch_norm_backward(
         code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual
     )
-    dx = _deliver(dx, out)
+    dx = _core.deliver(dx, out)
     return (dx, dscale, dbias) if dresidual is None else (dx, dscale, dbias, dresidual)
 
 

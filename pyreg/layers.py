@@ -112,8 +112,9 @@ class Dropout(Layer):
     Settings may be changed at any time, by a schedule for one.  They are checked when the layer is called, and the
     backward pass takes those of the call that it follows.  A call that raises changes nothing.
 
-    Copies, pickles and forked processes: a layer without ``rng`` draws other masks in each of them.  One with ``rng``
-    goes on in each with the same masks as its original; :meth:`spawn` makes layers for workers.
+    Copies, pickles and forked processes: a layer without ``rng`` draws other masks in each of them, as it does in each
+    run of a program.  One with ``rng``, also a generator without a seed, goes on in each of them with the same masks as
+    its original: the stream is the user's.  :meth:`spawn` makes layers for workers.
 
     Examples
     --------
@@ -189,7 +190,7 @@ class Dropout(Layer):
         x, code = _ops._as_input(x)
         rate, generator = _ops._check_rate(self.rate), _ops._check_impl(self.impl)
         dims, strides = self._shared_dims(x.ndim), None
-        if type(dims) is not tuple or dims:
+        if dims is not _ops._NO_DIMS:
             strides = _ops._mask_strides(x.shape, _ops._mask_shape(x.shape, dims))
         inverted, scaled = _ops._flag(self.inverted, "inverted"), self._scaled
         if not _ops._flag(self.training, "training"):
@@ -198,7 +199,7 @@ class Dropout(Layer):
             return y
         y = _core.empty_like(x) if out is None else _ops._prepare_out(out, x, (x,))
         key = _ops._drop_by_fresh_key(self.rng, code, x, y, generator, rate, 0, scaled, strides)
-        y = _ops._deliver(y, out)
+        y = _core.deliver(y, out)
         self._last, self.key = (True, x.shape, rate, generator, strides, inverted, scaled, key), key
         return y
 
@@ -243,7 +244,7 @@ class Dropout(Layer):
             return self._evaluate(dy, inverted, rate, out, "dy")
         dx = _core.empty_like(dy) if out is None else _ops._prepare_out(out, dy, (dy,), "dy")
         _core.dropout(code, dy, dx, generator, key, rate, 0, scaled, strides)
-        return _ops._deliver(dx, out)
+        return _core.deliver(dx, out)
 
     def _shared_dims(self, ndim: int) -> _ops.Dims:
         """Dims of an input along which the mask is shared; raises if there can be no such input."""
@@ -260,10 +261,10 @@ class Dropout(Layer):
             if out is None:
                 return x
             _ops._check_out(out, x, name)
-            return _ops._deliver(x, out)
+            return _core.deliver(x, out)
         y = _core.empty_like(x) if out is None else _ops._prepare_out(out, x, (x,), name)
         np.multiply(x, x.dtype.type(1 - rate), out=y)
-        return _ops._deliver(y, out)
+        return _core.deliver(y, out)
 
     def spawn(self, n: int) -> list[Self]:
         """Layers for ``n`` workers: the same settings, and masks that are independent of this layer's and each other's.
@@ -282,7 +283,7 @@ class Dropout(Layer):
         Raises
         ------
         TypeError, ValueError
-            If ``n`` is not an int of 0 or more, or the user's generator cannot spawn.
+            If ``n`` is not an int of 0 or more, or ``rng`` cannot spawn.
 
         Examples
         --------
@@ -299,7 +300,10 @@ class Dropout(Layer):
         n = _ops._integer(n, "n")
         if not 0 <= n < 1 << 63:
             raise ValueError(f"n is {_ops._shown(n)}; wanted how many layers to make")
-        rngs = [None] * n if self._seeded_in is not None else self.rng.spawn(n)
+        try:
+            rngs = self.rng.spawn(n) if self._seeded_in is None else [None] * n
+        except TypeError as error:
+            raise TypeError(f"rng cannot spawn ({error}); wanted a generator that was made from a seed") from error
         layers = [copy.copy(self) for _ in rngs]
         for layer, rng in zip(layers, rngs, strict=True):
             layer.rng, layer.key, layer._last = rng, None, None
@@ -454,8 +458,8 @@ class BatchNorm(Layer):
         self.var: _ops.Array = np.ones(self.num_features, dtype)
         self.grads: dict[str, _ops.Array] = {}
         # What backward() takes of the last call: was it in training, x, mask, mean, var, scale (a copy, as are mean and
-        # var of evaluation), the dtypes of scale and bias, axis and epsilon.
-        self._saved: tuple[bool, _ops.Array, Any, _ops.Array, _ops.Array, Any, tuple[Any, Any], Any] | None = None
+        # var of evaluation), scale and bias as they are now, for their dtypes, axis and epsilon.
+        self._saved: tuple[bool, _ops.Array, Any, _ops.Array, _ops.Array, Any, Any, Any, Any] | None = None
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> _ops.Array:
         """Batch-norm of ``x``; in training the running statistics take a step.
@@ -483,21 +487,20 @@ class BatchNorm(Layer):
         if channels != _ops._integer(self.num_features, "num_features"):
             raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {_ops._shown(self.num_features)}")
         options: Any = {"axis": axis, "epsilon": _ops._check_epsilon(self.epsilon)}
-        scale, bias = self._array("scale"), self._array("bias")
+        scale, bias = _optional(self.scale, "scale"), _optional(self.bias, "bias")
         saved = None if scale is None else scale.copy()
-        dtypes = None if scale is None else scale.dtype, None if bias is None else bias.dtype
         if not _ops._flag(self.training, "training"):
             if mask is not None:
                 _ops._seen_in(x, _ops._as_array(mask, "mask"))
             mean, var = _ops._as_array(self.mean, "mean").copy(), _ops._as_array(self.var, "var").copy()
             y = _ops.batch_norm_inference(x, mean, var, scale, bias, **options)
-            self._saved = False, x, None, mean, var, saved, dtypes, options
+            self._saved = False, x, None, mean, var, saved, scale, bias, options
             return y
         momentum = _check_momentum(self.momentum)
         old_mean, old_var = self._running("mean", code, channels), self._running("var", code, channels)
         y, mean, var = _ops.batch_norm(x, scale, bias, mask=mask, **options)
         new_mean, new_var = _step(momentum, old_mean, mean), _step(momentum, old_var, var)
-        self._saved = True, x, mask, mean, var, saved, dtypes, options
+        self._saved = True, x, mask, mean, var, saved, scale, bias, options
         self.mean, self.var = new_mean, new_var
         return y
 
@@ -532,7 +535,7 @@ class BatchNorm(Layer):
         """
         if self._saved is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
-        trained, x, mask, mean, var, scale, dtypes, options = self._saved
+        trained, x, mask, mean, var, scale, scale_now, bias_now, options = self._saved
         if trained:
             dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, scale, mask=mask, **options)
         else:  # the statistics are constants
@@ -544,17 +547,12 @@ class BatchNorm(Layer):
             with np.errstate(all="ignore"):  # NaN and Inf stay in their channel, in silence as in training
                 dscale, dbias = (g * xhat).sum(others), g.sum(others, dtype=np.float64)
         grads = {}
-        if dtypes[0] is not None:
-            grads["scale"] = _cast(dscale, dtypes[0])
-        if dtypes[1] is not None:
-            grads["bias"] = _cast(dbias, dtypes[1])
+        if scale_now is not None:
+            grads["scale"] = _cast(dscale, scale_now.dtype)
+        if bias_now is not None:
+            grads["bias"] = _cast(dbias, bias_now.dtype)
         self.grads = grads
         return dx
-
-    def _array(self, name: str) -> Any:
-        """A parameter as an array; None stays None."""
-        value = getattr(self, name)
-        return value if value is None or type(value) is np.ndarray else _ops._as_array(value, name)
 
     def _running(self, name: str, code: int, channels: int) -> _ops.Array:
         """A running statistic that can take a step."""
@@ -642,6 +640,11 @@ def _check_momentum(momentum: float) -> float:
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def _optional(value: Any, name: str) -> Any:
+    """A parameter as an array; None stays None."""
+    return value if value is None or type(value) is np.ndarray else _ops._as_array(value, name)
 
 
 def _cast(gradient: _ops.Array, dtype: np.dtype[Any]) -> _ops.Array:

@@ -363,3 +363,5 @@ def test_spawned_layers_draw_for_themselves(method):
     assert layer.spawn(0) == []
     with pytest.raises(ValueError, match="n is -1"):
         layer.spawn(-1)
+    with pytest.raises(TypeError, match="rng cannot spawn"):
+        pyreg.Dropout(rng=np.random.RandomState(0)).spawn(2)
