@@ -52,11 +52,11 @@ def _shown(value: Any) -> str:
 
 
 def _number(value: Any, name: str, wanted: str) -> float:
-    """value as a float; arrays without dims count as numbers, bools and strings do not."""
+    """value as a float; arrays without dims count as numbers, and bools as in Python and Flax; strings do not."""
     try:
         if getattr(value, "ndim", None) == 0 and not isinstance(value, np.ma.MaskedArray):
             value = value.item()
-        if isinstance(value, (bool, str, bytes, bytearray, np.ndarray)):
+        if isinstance(value, (str, bytes, bytearray, np.ndarray)):
             raise TypeError
         return float(value)
     except OverflowError:
@@ -66,11 +66,11 @@ def _number(value: Any, name: str, wanted: str) -> float:
 
 
 def _integer(value: Any, name: str, wanted: str = "an int") -> int:
-    """value as an int; arrays without dims count as numbers, bools do not."""
+    """value as an int; arrays without dims count as numbers, and bools as in Python."""
     if type(value) is int:
         return value
     try:
-        if isinstance(value, (bool, np.ma.MaskedArray)):
+        if isinstance(value, np.ma.MaskedArray):
             raise TypeError
         return operator.index(value)
     except Exception:
