@@ -21,7 +21,7 @@ compile() { # NAME CMAKE-OPTION...: the C library and tests/c in build/check/NAM
     shift
     echo "check: $step: $name" >&2
     cmake -S . -B "build/check/$name" "$@" >/dev/null
-    cmake --build "build/check/$name" --parallel >/dev/null
+    cmake --build "build/check/$name" --parallel "$(nproc)" >/dev/null
 }
 
 plain() { compile gcc -DCMAKE_C_COMPILER=gcc -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=plain; }
