@@ -148,7 +148,7 @@ size_t view_together(const struct view *v, size_t channels) {
 bool walk_next(struct walk *w) {
     const struct view *v = w->view;
     for (int k = 0; k < BN_OPERANDS; k++)
-        if (w->packed[k] && v->output[k]) copy_now(w, k, false);
+        if (w->packed[k] && v->output[k]) copy_now(w, (enum bn_operand)k, false);
     if (w->left.outer == w->left.outer_end) return false;
 
     const size_t channels = w->left.channel_end - w->left.channel, inner = w->left.inner_end - w->left.inner;
@@ -177,7 +177,8 @@ bool walk_next(struct walk *w) {
             w->block.of[k] = (struct bn_rows){w->pack + v->pack_at[k], width};
         } else {
             ptrdiff_t stride = v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] / (ptrdiff_t)v->size[k] : 0;
-            w->block.of[k] = (struct bn_rows){view_at(v, k, w->now.outer, w->now.channel, w->now.inner), stride};
+            w->block.of[k] =
+                (struct bn_rows){view_at(v, (enum bn_operand)k, w->now.outer, w->now.channel, w->now.inner), stride};
         }
         follow &= rows == 1 || w->block.of[k].stride == width;
     }
