@@ -273,7 +273,7 @@ def _check_offset(offset: int, size: int) -> int:
     offset = _integer(offset, "offset")
     if not 0 <= offset <= (1 << 64) - size:
         raise ValueError(f"offset is {_shown(offset)}; wanted an int in [0, 2**64 - {size}]")
-    return offset
+    return offset % (1 << 64)  # of an array without elements it may be 2**64
 
 
 def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[int, ...]:

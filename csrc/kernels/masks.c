@@ -22,7 +22,7 @@ struct digits {
  * Of the first two rounds half is the same for all of them, and most for all q. */
 static inline struct digits compare_digits(const struct draw *draw, vec32 counter, uint32_t high, uint32_t q,
                                            bool eight) {
-    const uint64_t (*k)[2] = draw->round_key;
+    const uint64_t(*k)[2] = draw->round_key;
     vec64 low[2]; /* even and odd words */
     split_low(counter, &low[0], &low[1]);
     struct philox_state s[2][2]; /* [q][even, odd] */

@@ -114,7 +114,7 @@ def _scale(keep: Array, dtype: Any) -> Array:
     scale = 1 / rounded
     if dtype == jnp.float16:
         scale = lax.optimization_barrier(scale.astype(jnp.float16)).astype(jnp.float32)
-    return scale
+    return jnp.asarray(scale)
 
 
 def _pair(whole: Array) -> Array:
