@@ -128,14 +128,14 @@ struct dropout {
     struct draw draw;
     double scale;
     uint64_t offset;
-    const char *x;
-    char *y;
+    char *x, *y;
     size_t size; /* of an element, in bytes */
     struct dim row, outer[PYREG_MAX_DIMS];
-    struct dim inner[MAX_INNER]; /* a row is the row dim, or these, innermost first, which together have no stride */
+    struct dim inner[MAX_INNER]; /* what a row consists of, in memory order, innermost first; mask: stride in the row */
     size_t run;                  /* element j of a row has the mask bit j / run * row.mask + j % run * run_mask */
     int64_t run_mask;
-    int num_outer, num_inner;
+    int num_outer, num_inner, cut; /* cut: the dim of inner of which a part is taken, the others as a whole */
+    size_t whole;                  /* elements of those */
     size_t rows, part, rows_per_chunk, chunks_per_part; /* a chunk is some rows of one part of the row dim */
     size_t tile;                                        /* elements whose bits are made before they are applied */
     bool contiguous, large;                             /* large: past the cache */
@@ -180,45 +180,29 @@ static void copy_strided(size_t size, size_t n, const char *from, int64_t from_s
     }
 }
 
-/* Between a strided row and a tile of neighbours. */
-static void copy_part(size_t size, size_t n, char *row, int64_t stride, char *tile, int64_t tile_stride, bool in) {
-    if (in)
-        copy_strided(size, n, row, stride, tile, tile_stride);
-    else
-        copy_strided(size, n, tile, tile_stride, row, stride);
-}
-
 /* Copies elements j .. j + n - 1 of a row of x into a tile, or of y out of it. */
 static void copy_elements(const struct dropout *op, char *row, size_t j, size_t n, char *tile, bool in) {
-    size_t at[MAX_INNER], length[MAX_INNER];
-    int64_t stride[MAX_INNER];
+    const int64_t size = (int64_t)op->size;
+    size_t at[MAX_INNER] = {0}, length[MAX_INNER];
+    int64_t stride[MAX_INNER], tile_stride[MAX_INNER];
     for (int d = 0; d < op->num_inner; d++) {
         length[d] = (size_t)op->inner[d].length;
         stride[d] = in ? op->inner[d].x : op->inner[d].y;
-        at[d] = d + 1 < op->num_inner ? j % length[d] : j;
-        j /= length[d];
-        row += (int64_t)at[d] * stride[d];
+        tile_stride[d] = op->inner[d].mask * size;
+        if (d != op->cut) continue;
+        row += (int64_t)(j / op->whole) * stride[d];
+        length[d] = n / op->whole;
     }
-    for (size_t done; n; n -= done, tile += done * op->size) {
-        int d = 0;                                                          /* the dim in which we go on */
-        if (op->num_inner > 1 && at[0] == 0 && n / length[0] > length[0]) { /* the longer loop inside */
-            const size_t rows = at_most(n / length[0], length[1] - at[1]);
-            for (size_t k = 0; k < length[0]; k++)
-                copy_part(op->size, rows, row + (int64_t)k * stride[0], stride[1], tile + k * op->size,
-                          (int64_t)(length[0] * op->size), in);
-            done = rows * length[0];
-            at[d = 1] += rows;
-            row += (int64_t)rows * stride[1];
-        } else {
-            done = at_most(n, length[0] - at[0]);
-            copy_part(op->size, done, row, stride[0], tile, (int64_t)op->size, in);
-            at[0] += done;
-            row += (int64_t)done * stride[0];
-        }
-        for (; d + 1 < op->num_inner && at[d] == length[d]; d++) {
-            row += stride[d + 1] - (int64_t)length[d] * stride[d];
+    for (int d = 0; d < op->num_inner;) {
+        if (in)
+            copy_strided(op->size, length[0], row, stride[0], tile, tile_stride[0]);
+        else
+            copy_strided(op->size, length[0], tile, tile_stride[0], row, stride[0]);
+        for (d = 1; d < op->num_inner; d++) {
+            row += stride[d], tile += tile_stride[d];
+            if (++at[d] < length[d]) break;
+            row -= (int64_t)length[d] * stride[d], tile -= (int64_t)length[d] * tile_stride[d];
             at[d] = 0;
-            at[d + 1]++;
         }
     }
 }
@@ -262,12 +246,9 @@ static void gather_bits(const struct dropout *op, struct window *w, uint64_t ind
     repeat_bits(own, n, keep);
 }
 
-/* n <= MASK_TILE elements, from j on, of rows x and y whose mask bits start at `index`. */
-static void dropout_tile(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t j,
-                         size_t n, bool stream, char *tile) {
-    const char *in = op->contiguous ? x + j * op->size : tile;
-    char *out = op->contiguous ? y + j * op->size : tile;
-    if (!op->contiguous && op->what != DROP_ALL) copy_elements(op, (char *)(uintptr_t)x, j, n, tile, true);
+/* n <= MASK_TILE elements, from j on, of a row whose mask bits start at `index`. */
+static void dropout_tile(const struct dropout *op, struct window *w, const char *in, char *out, uint64_t index,
+                         size_t j, size_t n, bool stream) {
     if (op->what == COPY) {
         if (out != in) memcpy(out, in, n * op->size);
     } else if (op->what == DROP_ALL) {
@@ -283,7 +264,31 @@ static void dropout_tile(const struct dropout *op, struct window *w, const char 
             gather_bits(op, w, index, j, n, keep);
         op->kernels->dropout(in, out, n, keep, 0, op->scale, stream);
     }
-    if (!op->contiguous) copy_elements(op, y, j, n, tile, false);
+}
+
+/* Elements from .. to - 1 of a row. */
+static void dropout_row(const struct dropout *op, struct window *w, const char *x, char *y, uint64_t index, size_t from,
+                        size_t to, bool stream) {
+    x += from * op->size, y += from * op->size;
+    for (size_t j = from, n; j < to; j += n) {
+        n = at_most(op->tile, to - j);
+        size_t over = (uintptr_t)y % 64; /* long rows go on from a cache line: full speed, and streaming needs it */
+        if (over && to - j > MASK_TILE) n = (64 - over) / op->size;
+        dropout_tile(op, w, x, y, index, j, n, stream && !over);
+        x += n * op->size, y += n * op->size;
+    }
+}
+
+/* The same by way of a tile that has room for them. */
+static void dropout_strided_row(const struct dropout *op, struct window *w, char *x, char *y, uint64_t index,
+                                size_t from, size_t to, char *tile) {
+    if (op->what != DROP_ALL) copy_elements(op, x, from, to - from, tile, true);
+    char *at = tile;
+    for (size_t j = from, n; j < to; j += n, at += n * op->size) {
+        n = at_most(MASK_TILE, to - j);
+        dropout_tile(op, w, at, at, index, j, n, false);
+    }
+    copy_elements(op, y, from, to - from, tile, false);
 }
 
 static void dropout_chunk(void *work, size_t chunk, void *scratch) {
@@ -297,8 +302,7 @@ static void dropout_chunk(void *work, size_t chunk, void *scratch) {
     size_t r = chunk % op->chunks_per_part * op->rows_per_chunk;
     const size_t end = at_most(r + op->rows_per_chunk, op->rows);
     for (; r < end; r++) {
-        const char *x = op->x;
-        char *y = op->y;
+        char *x = op->x, *y = op->y;
         uint64_t index = op->offset;
         size_t rest = r;
         for (int d = op->num_outer - 1; d >= 0; d--) {
@@ -307,17 +311,16 @@ static void dropout_chunk(void *work, size_t chunk, void *scratch) {
             rest /= (size_t)dim->length;
             x += j * dim->x, y += j * dim->y, index += (uint64_t)j * (uint64_t)dim->mask;
         }
-        for (size_t j = from, n; j < to; j += n) {
-            n = at_most(op->tile, to - j);
-            size_t over = 0; /* long rows go on from a cache line: full speed, and streaming needs it */
-            if (op->contiguous) over = ((uintptr_t)y + j * op->size) % 64;
-            if (over && to - j > MASK_TILE) n = (64 - over) / op->size;
-            dropout_tile(op, &w, x, y, index, j, n, stream && !over, scratch);
-        }
+        if (op->contiguous)
+            dropout_row(op, &w, x, y, index, from, to, stream);
+        else
+            dropout_strided_row(op, &w, x, y, index, from, to, scratch);
     }
     if (stream) op->kernels->stream_end();
     if (op->large) count_trial(stream, clock_ns() - start);
 }
+
+static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
 
 static int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
 
@@ -328,9 +331,10 @@ static bool better_row(struct dim a, struct dim b) {
     return a_neighbours != b_neighbours ? a_neighbours : distance(a) <= distance(b);
 }
 
-/* Rows shorter than SHORT_ROW take longer than copies of several dims.  Those go TILE_OF_DIMS elements at a time: few
- * enough to keep their cache lines for the next row, and many for the groups of bits that they use in part only. */
-enum { SHORT_ROW = 32, TILE_OF_DIMS = 2 * MASK_GROUP };
+/* Rows shorter than SHORT_ROW take longer than copies of several dims, whose inner loop is longer than SHORT_LOOP if it
+ * can be.  Those go TILE_OF_DIMS elements at a time: few enough to keep their cache lines for the next row, and many for
+ * the groups of bits that they use in part only. */
+enum { SHORT_ROW = 32, SHORT_LOOP = 16, LINE_BYTES = 64, TILE_OF_DIMS = 2 * MASK_GROUP };
 
 /* Short rows (whose bits are neighbours or one) that follow each other in x and y become the runs of a long one. */
 static int join_short_rows(struct dropout *op, int n, struct dim *dims, int row) {
@@ -340,9 +344,13 @@ static int join_short_rows(struct dropout *op, int n, struct dim *dims, int row)
     if (run.length >= MASK_GROUP || (run.mask != 0 && run.mask != 1)) return row;
     for (int d = 0; d < n; d++) {
         if (d == row || dims[d].x != run.x * run.length || dims[d].y != run.y * run.length) continue;
-        op->run = (size_t)run.length;
-        op->run_mask = run.mask;
         dims[d] = (struct dim){run.length * dims[d].length, run.x, run.y, dims[d].mask};
+        if (run.mask == 1 && dims[d].mask == run.length) { /* their bits follow each other, too */
+            dims[d].mask = 1;
+        } else {
+            op->run = (size_t)run.length;
+            op->run_mask = run.mask;
+        }
         dims[row].length = 1;
         return d;
     }
@@ -359,13 +367,15 @@ static void add_outer(struct dropout *op, struct dim dim) {
 }
 
 /* Do the rows, in their order, use a group of bits up before they need the next one, and is none very short? */
-static bool order_is_good(const struct dropout *op) {
+static bool order_is_good(const struct dropout *op, bool fast) {
     const int64_t run = (int64_t)op->run, length = op->row.length, step = magnitude(op->row.mask);
+    const int64_t enough = fast ? 3 * MASK_GROUP / 8 : 3 * MASK_GROUP / 4; /* elements for which a group may be made */
     if (op->num_outer == 0 && step <= 1) return true;
-    if (length < SHORT_ROW || step > 1) return false;
+    if (length < SHORT_ROW) return false;
+    if (step > 1) return run * (step < MASK_GROUP ? MASK_GROUP / step : 1) >= enough;
     int64_t bits = step ? length / run : op->run_mask ? run : 1; /* of the rows so far, which follow each other */
     int64_t served = length;                                     /* elements that they are for */
-    for (int d = op->num_outer - 1; d >= 0 && served < MASK_GROUP; d--) {
+    for (int d = op->num_outer - 1; d >= 0 && served < enough; d--) {
         if (op->outer[d].mask != 0) {
             if (op->outer[d].mask != bits) return false;
             bits *= op->outer[d].length;
@@ -375,39 +385,63 @@ static bool order_is_good(const struct dropout *op) {
     return true;
 }
 
-/* Another row: all dims whose bits follow each other, until they are a group, and inside of them the one of neighbouring
- * elements that share a bit, if there is one. */
-static void plan_long_rows(struct dropout *op, struct dim *dims) {
-    const int64_t run = (int64_t)op->run, size = (int64_t)op->size;
-    int n = op->num_outer;
-    memcpy(dims, op->outer, (size_t)n * sizeof *dims);
-    if (run > 1) dims[n++] = (struct dim){run, op->row.x, op->row.y, op->run_mask};
-    dims[n++] = (struct dim){op->row.length / run, op->row.x * run, op->row.y * run, op->row.mask};
+static void set_row(struct dropout *op, struct dim row) {
+    op->row = row;
+    op->inner[0] = (struct dim){row.length, row.x, row.y, 1};
+    op->num_inner = 1;
+    op->cut = 0;
+    op->whole = 1;
+}
 
-    struct dim *inner = op->inner;
-    int64_t shared = 1, bits = 1;
-    int num = 0;
-    for (int d = 0; d < n && shared == 1; d++)
-        if (dims[d].mask == 0 && dims[d].x == size && dims[d].y == size) {
-            shared = dims[d].length;
-            inner[num++] = dims[d];
-            dims[d].length = 1;
-        }
-    for (int d = 0; d < n && bits < MASK_GROUP; d++) {
+/* The dim goes around those that the row has, as the one that is cut. */
+static void add_inner(struct dropout *op, struct dim *dim) {
+    int at = op->num_inner++;
+    op->whole = (size_t)op->row.length;
+    for (; at > 0 && distance(op->inner[at - 1]) > distance(*dim); at--) op->inner[at] = op->inner[at - 1];
+    op->inner[at] = (struct dim){dim->length, dim->x, dim->y, op->row.length};
+    op->cut = at;
+    op->row.length *= dim->length;
+    dim->length = 1;
+}
+
+/* Another row: dims whose bits follow each other, until they are a group, and inside of them the dim of elements next to
+ * each other, if these share a bit. */
+static void plan_long_rows(struct dropout *op, struct dim *dims) {
+    const struct dim row = op->row;
+    const int64_t run = (int64_t)op->run;
+    int n = op->num_outer, nearest = 0;
+    memcpy(dims, op->outer, (size_t)n * sizeof *dims);
+    if (run > 1) dims[n++] = (struct dim){run, row.x, row.y, op->run_mask};
+    dims[n++] = (struct dim){row.length / run, row.x * run, row.y * run, row.mask};
+    for (int d = 1; d < n; d++)
+        if (distance(dims[d]) < distance(dims[nearest])) nearest = d;
+
+    op->row = (struct dim){.length = 1, .mask = 1};
+    op->num_inner = 0;
+    const int64_t elements = dims[nearest].length;
+    const bool shared = dims[nearest].mask == 0 && elements >= SHORT_LOOP && elements < MASK_GROUP;
+    if (shared) add_inner(op, &dims[nearest]);
+    int64_t bits = 1;
+    for (int d = 0; d < n && op->row.length < MASK_GROUP; d++) {
         if (dims[d].length == 1 || dims[d].mask != bits) continue;
         bits *= dims[d].length;
-        inner[num++] = dims[d];
-        dims[d].length = 1;
+        add_inner(op, &dims[d]);
         d = -1; /* the next one may be anywhere */
     }
-    if (bits < MASK_GROUP && num < 2) { /* there is none that is longer */
-        inner[0] = op->row;
+    if (op->num_inner < 2 && bits < MASK_GROUP && bits <= row.length) { /* there is none that is longer */
+        set_row(op, row);
         return;
     }
-    op->num_inner = num;
-    op->row = (struct dim){shared * bits, inner[0].x, inner[0].y, 1};
-    op->run = (size_t)shared;
+    op->run = shared ? (size_t)elements : 1;
     op->run_mask = 0;
+    if (op->num_inner == 1)
+        set_row(op, (struct dim){bits, op->inner[0].x, op->inner[0].y, 1});
+    else if (op->inner[0].length < SHORT_LOOP && op->inner[0].length < op->inner[1].length) {
+        const struct dim first = op->inner[0];
+        op->inner[0] = op->inner[1];
+        op->inner[1] = first;
+        if (op->cut < 2) op->cut = 1 - op->cut;
+    }
     op->num_outer = 0;
     op->rows = 1;
     for (int d = 0; d < n; d++) add_outer(op, dims[d]);
@@ -431,13 +465,12 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims, bool fast)
     for (int d = 1; d < n; d++)
         if (better_row(dims[d], dims[row])) row = d;
     row = join_short_rows(op, n, dims, row);
-    op->row = op->inner[0] = dims[row];
-    op->num_inner = 1;
+    set_row(op, dims[row]);
     op->num_outer = 0;
     op->rows = 1;
     for (int d = 0; d < n; d++)
         if (d != row) add_outer(op, dims[d]);
-    if (op->what == DRAW && !order_is_good(op)) plan_long_rows(op, dims);
+    if (op->what == DRAW && !order_is_good(op, fast)) plan_long_rows(op, dims);
     op->contiguous = op->num_inner == 1 && op->row.x == size && op->row.y == size;
     /* Rows that share their bits take turns: each tile of bits is made once for all rows of a chunk. */
     const bool neighbours = op->run == 1 && op->row.mask == 1;
@@ -445,8 +478,13 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims, bool fast)
     /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
     op->tile = neighbours && !same_bits && !fast ? MASK_GROUP : MASK_TILE;
     op->part = same_bits ? MASK_TILE : CHUNK;
-    if (!op->contiguous) op->part = MASK_GROUP; /* a column of cache lines is used up before the next */
-    if (op->num_inner > 1) op->part = op->tile = TILE_OF_DIMS;
+    const bool near = magnitude(op->row.x) <= LINE_BYTES && magnitude(op->row.y) <= LINE_BYTES;
+    if (!op->contiguous)
+        op->part = near && neighbours ? MASK_TILE : MASK_GROUP; /* a column of cache lines is used up before the next */
+    if (op->num_inner > 1) {
+        const size_t line = op->cut == 0 ? LINE_BYTES / op->size : 1; /* of elements that are next to each other */
+        op->part = op->whole * at_least((TILE_OF_DIMS + op->whole - 1) / op->whole, line);
+    }
     if ((int64_t)op->part > op->row.length) op->part = (size_t)op->row.length;
     op->rows_per_chunk = CHUNK / op->part;
     op->chunks_per_part = (op->rows + op->rows_per_chunk - 1) / op->rows_per_chunk;
@@ -476,7 +514,7 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.kernels = dispatch_kernels(dtype);
     op.scale = scale;
     op.offset = mask->offset;
-    op.x = x;
+    op.x = (char *)(uintptr_t)x;
     op.y = y;
     op.size = dispatch_bytes(dtype);
     const bool fast = mask->generator == PYREG_PHILOX || mask->generator == PYREG_PACKED;

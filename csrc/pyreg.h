@@ -4,7 +4,10 @@
  *   - Arguments are checked before anything is written; the result is a status, PYREG_OK (0) or an error.
  *   - Results are a function of the arguments alone: the same bits for every thread count, instruction set,
  *     alignment, memory layout (but see batch-norm), and for in-place and fresh outputs.
- *   - Thread-safe: any number of threads may call at once.  The library keeps no state but threads and their number.
+ *   - Thread-safe: any number of threads may call at once.  The library keeps no state that changes a result: threads and
+ *     the settings below, what it has read of the machine, and how long the first large dropouts took.
+ *   - 16 KB of stack are enough, in the calling thread and in others; scratch memory is allocated before anything is
+ *     written.
  *   - The caller's floating-point mode (rounding, flush-to-zero) holds in every thread that helps, and is kept.
  *   - Arrays may be strided in any way (strides in bytes, also zero for inputs, also negative); elements are aligned
  *     to their size.  An input may be the output (same address and strides); other overlaps are the caller's to avoid.
@@ -99,7 +102,7 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  *              dx = scale / sqrt(var + epsilon) * (dy - dbias / n - xhat * dscale / n)
  *              and, where dmean and dvar (gradients of the outputs mean and var) are given, + dmean / n
  *              + 2 dvar (x - mean) / n.  Where mask is false dx is scale / sqrt(var + epsilon) * dy; dbias and dscale
- *              are sums over all elements.
+ *              are sums over all elements, but one that is masked and not finite adds nothing to dscale.
  *   epilogue   forward and inference: y += residual if not NULL, then y = max(y, 0) if relu.  backward with relu: y is
  *              the forward's output, dy counts where y > 0 and is 0 elsewhere; that is written to dresidual if not
  *              NULL.
@@ -110,6 +113,10 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  *           y of the forward: NULL for mean and var alone.  mean_low: what the mean is more than `mean`; or NULL.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
+ * Range.    A float var is inf where it is above 3.4e38 (std 1.8e19), and loses digits below 1.2e-38.  y of the forward
+ *           is right all the same, and so are the gradients: backward takes such a var from x again, if epsilon does
+ *           not hide it.  Inference knows only the var given: with inf y is bias.  Double: sums of squares that overflow
+ *           (from a std of about 1e150 on) give an infinite or NaN var, and nothing else either.
  * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and
  *           Inf stay in their channel (which NaN, of the many, is not promised).
  * Edges.    A channel without elements, or whose mask is all false: mean and var are NaN.
