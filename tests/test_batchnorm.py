@@ -969,9 +969,9 @@ def test_layer_states_that_do_not_fit():
 @pytest.mark.parametrize("swept", ["constant", "xhat"])
 def test_gradients_that_cancel_near_the_largest_float(shape, swept):
     """dy that batch-norm does not let through gives about 0, although each of the terms overflows."""
-    x = normal(shape, F32) * F32(0.01)
+    x = normal(shape, F32) * np.float32(0.01)
     y, mean, var = pyreg.batch_norm(x, epsilon=1e-3)
-    dy = np.full(shape, 7e37, F32) if swept == "constant" else y * F32(1e38)
+    dy = np.full(shape, 7e37, F32) if swept == "constant" else y * np.float32(1e38)
     dx, dscale, dbias = pyreg.batch_norm_backward(dy, x, mean, var, epsilon=1e-3)
     want, want_dscale, want_dbias, _ = reference.batch_norm_backward(dy, x, epsilon=1e-3)
     assert np.isfinite(dx).all()
