@@ -60,7 +60,8 @@ def lower_partitioned(
     info = _sharding_callbacks.get(address)
     if info is None:
         return results
-    meaning += f" {info.mesh.shape} {[d.id for d in info.mesh.devices.flat]} {ctx.module_context.platforms}"
+    devices = [d.id for d in getattr(ctx.module_context.axis_context, "device_assignment", None) or ()]
+    meaning += f" {info.mesh.shape} {devices} {ctx.module_context.platforms}"
     name = "pyreg-" + hashlib.sha256(meaning.encode()).hexdigest()
     info = _sharding_callbacks.setdefault(name.encode(), info)
     ctx.module_context.add_keepalive(info)  # it may be another program's, of the same meaning
