@@ -46,7 +46,7 @@ struct batchnorm {
     const struct kernels *kernels;
     const void *mean, *var, *dmean, *dvar; /* given */
     void *mean_out, *mean_low_out, *var_out, *dscale_out, *dbias_out;
-    struct view sums, apply; /* what the sums read; what the elementwise sweep reads and writes */
+    const struct view *sums, *apply; /* what the sums read; what the elementwise sweep reads and writes */
     struct grid sums_grid, apply_grid;
     bool masked, stream, swept;             /* swept: there is an output to be written */
     size_t num_sums, columns;               /* columns: that a thread's scratch memory has room for */
@@ -71,7 +71,7 @@ static size_t column_bytes(const struct batchnorm *bn) {
 }
 
 static size_t scratch_bytes(const struct batchnorm *bn) {
-    return column_bytes(bn) + at_least(bn->sums.pack_bytes, bn->apply.pack_bytes);
+    return column_bytes(bn) + at_least(bn->sums->pack_bytes, bn->apply->pack_bytes);
 }
 
 static struct scratch scratch_of(const struct batchnorm *bn, void *memory) {
@@ -103,7 +103,7 @@ static void put(const struct batchnorm *bn, void *p, size_t c, double v) {
 }
 
 static double *partial(const struct batchnorm *bn, size_t piece) {
-    return bn->partial + piece * bn->num_sums * bn->sums.channels;
+    return bn->partial + piece * bn->num_sums * bn->sums->channels;
 }
 
 /* ---- Pieces, and their columns ----------------------------------------------------------------------------------- */
@@ -161,7 +161,7 @@ static void spread(const struct view *v, size_t channels, const double *values, 
 /* Sums of x - origin and (x - origin)^2 over a region, and the count; origin NULL: 0. */
 static void sum_region(const struct batchnorm *bn, struct region r, const double *origin, double *shift, double *count,
                        double *sum, double *square, void *pack) {
-    const struct view *v = &bn->sums;
+    const struct view *v = bn->sums;
     const size_t channels = r.channel_end - r.channel, columns = view_columns(v, channels);
     const size_t n = (r.outer_end - r.outer) * (r.inner_end - r.inner);
     for (size_t j = 0; j < columns; j++) count[j] = sum[j] = square[j] = shift[j] = 0;
@@ -193,7 +193,7 @@ static void sum_tile(const struct batchnorm *bn, struct region r, double *count,
     double *n = s->column[3], *sum = s->column[4], *square = s->column[5];
     bool any = false;
     for (size_t c = 0; c < channels; c++) /* a masked element may be anything: no guess */
-        origin[c] = f64 && !bn->masked ? *(const double *)view_at(&bn->sums, BN_X, r.outer, r.channel + c, r.inner) : 0;
+        origin[c] = f64 && !bn->masked ? *(const double *)view_at(bn->sums, BN_X, r.outer, r.channel + c, r.inner) : 0;
     sum_region(bn, r, f64 ? origin : NULL, shift, n, sum, square, s->pack);
     for (size_t c = 0; c < channels; c++) {
         double d = n[c] > 0 ? sum[c] / n[c] : 0;
@@ -217,10 +217,10 @@ static void sum_tile(const struct batchnorm *bn, struct region r, double *count,
 /* at: COUNT, MEAN, DEVIATION of all channels. */
 static void sum_moments(const struct batchnorm *bn, double *at, size_t piece, size_t c, size_t end,
                         const struct scratch *s) {
-    const size_t channels = bn->sums.channels;
+    const size_t channels = bn->sums->channels;
     for (size_t step; c < end; c += step) {
-        step = view_together(&bn->sums, end - c);
-        sum_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), at + COUNT * channels + c,
+        step = view_together(bn->sums, end - c);
+        sum_tile(bn, region_of(bn->sums, &bn->sums_grid, piece, c, c + step), at + COUNT * channels + c,
                  at + MEAN * channels + c, at + DEVIATION * channels + c, s);
     }
 }
@@ -231,7 +231,7 @@ static void forward_sum(const struct batchnorm *bn, size_t piece, size_t c, size
 
 /* Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979. */
 static void forward_merge(const struct batchnorm *bn, double *into, const double *from, size_t c, size_t end) {
-    const size_t channels = bn->sums.channels;
+    const size_t channels = bn->sums->channels;
     double *count = into + COUNT * channels, *mean = into + MEAN * channels, *deviation = into + DEVIATION * channels;
     const double *count2 = from + COUNT * channels, *mean2 = from + MEAN * channels;
     const double *deviation2 = from + DEVIATION * channels;
@@ -265,7 +265,7 @@ static void set_coefficients(struct batchnorm *bn, size_t c, double mean, double
 }
 
 static void forward_finish(struct batchnorm *bn, size_t c, size_t end) {
-    const size_t channels = bn->sums.channels;
+    const size_t channels = bn->sums->channels;
     const double *count = bn->partial + COUNT * channels, *mean = bn->partial + MEAN * channels;
     const double *deviation = bn->partial + DEVIATION * channels;
     for (; c < end; c++) {
@@ -304,7 +304,7 @@ static double backward_origin(const struct batchnorm *bn, size_t c) {
  * the product, for channels [c, end) of one walk. */
 static void gradient_tile(const struct batchnorm *bn, struct region r, double *const out[MOMENTS],
                           const struct scratch *s) {
-    const struct view *v = &bn->sums;
+    const struct view *v = bn->sums;
     const size_t channels = r.channel_end - r.channel, columns = view_columns(v, channels);
     double *const *column = s->column, *shift = column[0], *origin = column[1], *ignored = column[2];
     double *const sums[MOMENTS] = {[SUM] = column[3], column[4], column[5], [COUNT] = column[6], [LOST] = column[7]};
@@ -337,19 +337,19 @@ static void gradient_tile(const struct batchnorm *bn, struct region r, double *c
 }
 
 static void backward_sum(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s) {
-    const size_t channels = bn->sums.channels;
+    const size_t channels = bn->sums->channels;
     double *at = partial(bn, piece);
     if (bn->lost_variance) sum_moments(bn, at + MOMENTS * channels, piece, c, end, s);
     for (size_t step; c < end; c += step) {
-        step = view_together(&bn->sums, end - c);
+        step = view_together(bn->sums, end - c);
         double *out[MOMENTS];
         for (size_t k = 0; k < MOMENTS; k++) out[k] = at + k * channels + c;
-        gradient_tile(bn, region_of(&bn->sums, &bn->sums_grid, piece, c, c + step), out, s);
+        gradient_tile(bn, region_of(bn->sums, &bn->sums_grid, piece, c, c + step), out, s);
     }
 }
 
 static void backward_merge(const struct batchnorm *bn, double *into, const double *from, size_t c, size_t end) {
-    const size_t channels = bn->sums.channels;
+    const size_t channels = bn->sums->channels;
     for (size_t k = 0; k <= (bn->masked ? LOST : PRODUCT); k++)
         for (size_t j = c; j < end; j++) into[k * channels + j] += from[k * channels + j];
     if (bn->lost_variance) forward_merge(bn, into + MOMENTS * channels, from + MOMENTS * channels, c, end);
@@ -360,7 +360,7 @@ static bool lost_variance(const struct batchnorm *bn) {
     const float *var = bn->var, least = FLT_MIN - (float)bn->args->epsilon;
     int lost = 0;
     if (bn->args->dtype == PYREG_F64) return false;
-    for (size_t c = 0; c < bn->sums.channels; c++) lost |= (var[c] < least) | (var[c] > FLT_MAX);
+    for (size_t c = 0; c < bn->sums->channels; c++) lost |= (var[c] < least) | (var[c] > FLT_MAX);
     return lost;
 }
 
@@ -369,7 +369,7 @@ static bool lost_variance(const struct batchnorm *bn) {
  * float32 it may be a good part of a std off. */
 static void backward_finish(struct batchnorm *bn, size_t c, size_t end) {
     const struct pyreg_batchnorm *args = bn->args;
-    const size_t channels = bn->sums.channels;
+    const size_t channels = bn->sums->channels;
     const double *count = bn->partial + COUNT * channels, *sum = bn->partial + SUM * channels;
     const double *dbias = bn->partial + DBIAS * channels, *product = bn->partial + PRODUCT * channels;
     const double *lost = bn->partial + LOST * channels, *deviation = bn->partial + (MOMENTS + DEVIATION) * channels;
@@ -413,7 +413,7 @@ static void merge(const struct batchnorm *bn, size_t c, size_t end) {
 
 /* How many of the channels [c, end) a sweep takes together: neighbours that are computed in the same way. */
 static size_t swept_together(const struct batchnorm *bn, size_t c, size_t end) {
-    const size_t step = view_together(&bn->apply, end - c);
+    const size_t step = view_together(bn->apply, end - c);
     if (!__atomic_load_n(&bn->any_wide, __ATOMIC_RELAXED)) return step;
     for (size_t k = 1; k < step; k++)
         if (bn->wide[c + k] != bn->wide[c]) return k;
@@ -421,7 +421,7 @@ static size_t swept_together(const struct batchnorm *bn, size_t c, size_t end) {
 }
 
 static void apply(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s) {
-    const struct view *v = &bn->apply;
+    const struct view *v = bn->apply;
     double *const *columns = s->column;
     for (size_t step; c < end; c += step) {
         step = swept_together(bn, c, end);
@@ -452,7 +452,7 @@ static void sum_chunk(void *work, size_t chunk, void *memory) {
     const struct scratch s = scratch_of(bn, memory);
     const struct grid *g = &bn->sums_grid;
     size_t c = chunk % g->tiles * g->channels;
-    bn->pass->sum(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->sums.channels), &s);
+    bn->pass->sum(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->sums->channels), &s);
 }
 
 enum { FINISH_CHANNELS = 64 };
@@ -460,7 +460,7 @@ enum { FINISH_CHANNELS = 64 };
 static void finish_chunk(void *work, size_t chunk, void *memory) {
     (void)memory;
     struct batchnorm *bn = work;
-    size_t c = chunk * FINISH_CHANNELS, end = at_most(c + FINISH_CHANNELS, bn->sums.channels);
+    size_t c = chunk * FINISH_CHANNELS, end = at_most(c + FINISH_CHANNELS, bn->sums->channels);
     merge(bn, c, end);
     bn->pass->finish(bn, c, end);
 }
@@ -472,7 +472,7 @@ static void apply_chunk(void *work, size_t chunk, void *memory) {
     const struct grid *g = &bn->apply_grid;
     chunk = g->pieces * g->tiles - 1 - chunk;
     size_t c = chunk % g->tiles * g->channels;
-    apply(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->apply.channels), &s);
+    apply(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->apply->channels), &s);
 }
 
 /* All of a few channels, from the sums to the result, while they are in the cache. */
@@ -480,7 +480,7 @@ static void tile_chunk(void *work, size_t chunk, void *memory) {
     struct batchnorm *bn = work;
     const struct scratch s = scratch_of(bn, memory);
     const struct grid *g = &bn->sums_grid;
-    size_t c = chunk * g->channels, end = at_most(c + g->channels, bn->sums.channels);
+    size_t c = chunk * g->channels, end = at_most(c + g->channels, bn->sums->channels);
     for (size_t p = 0; bn->pass->sum && p < g->pieces; p++) {
         if (p && parallel_stop()) return;
         bn->pass->sum(bn, p, c, end, &s);
@@ -515,15 +515,18 @@ static enum pyreg_status check(const struct pyreg_batchnorm *args, size_t *eleme
 static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, const struct operand *swept,
                              size_t elements, double ns) {
     const struct pyreg_batchnorm *args = bn->args;
-    view_init(&bn->sums, args->ndim, args->shape, args->axis, sums, BN_X, bn->pass->sum ? LONG_LINE : SWEPT_LINE);
-    view_init(&bn->apply, args->ndim, args->shape, args->axis, swept, BN_X, SWEPT_LINE);
+    struct view sums_view, apply_view; /* outside of bn, because they are long, and bn is cleared first */
+    view_init(&sums_view, args->ndim, args->shape, args->axis, sums, BN_X, bn->pass->sum ? LONG_LINE : SWEPT_LINE);
+    view_init(&apply_view, args->ndim, args->shape, args->axis, swept, BN_X, SWEPT_LINE);
+    bn->sums = &sums_view;
+    bn->apply = &apply_view;
     bn->kernels = dispatch_kernels(args->dtype);
-    bn->masked = bn->sums.size[BN_MASK];
-    bn->swept = bn->apply.size[BN_Y] || bn->apply.size[BN_DX];
-    bn->sums_grid = grid_of(&bn->sums);
-    bn->apply_grid = grid_of(&bn->apply);
+    bn->masked = bn->sums->size[BN_MASK];
+    bn->swept = bn->apply->size[BN_Y] || bn->apply->size[BN_DX];
+    bn->sums_grid = grid_of(bn->sums);
+    bn->apply_grid = grid_of(bn->apply);
 
-    const size_t channels = bn->sums.channels;
+    const size_t channels = bn->sums->channels;
     bn->lost_variance = bn->pass == &backward && lost_variance(bn);
     bn->num_sums = bn->pass == &inference ? 0 : bn->pass == &forward ? FORWARD_SUMS : bn->masked ? MOMENTS : LOST;
     if (bn->lost_variance) bn->num_sums = MOMENTS + FORWARD_SUMS;
@@ -535,12 +538,12 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     bn->slope = bn->pass == &backward ? values + 3 * channels : NULL;
     bn->wide = values + 4 * channels;
     bn->partial = values + 5 * channels;
-    bn->columns = at_least(tile_columns(&bn->sums, &bn->sums_grid), tile_columns(&bn->apply, &bn->apply_grid));
+    bn->columns = at_least(tile_columns(bn->sums, &bn->sums_grid), tile_columns(bn->apply, &bn->apply_grid));
 
     /* In bn->apply's operands.  Where no cache holds them, storing around it is quicker; where one does it takes up to
      * 1.7 times as long: `./run bench scaling --stores`. */
     size_t bytes = 0;
-    for (int k = 0; k < BN_OPERANDS; k++) bytes += elements * bn->apply.size[k];
+    for (int k = 0; k < BN_OPERANDS; k++) bytes += elements * bn->apply->size[k];
     bn->stream = bytes > machine_cache_bytes();
 
     struct phase phases[3];
@@ -550,7 +553,7 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     /* Lines of a channel are worth finishing while they are in the cache, if all threads find enough of them. */
     const struct grid *g = &bn->sums_grid;
     const bool tiled = g->tiles * g->pieces == 1 ||
-                       ((bn->sums.line || bn->sums.inner > 1) && (threads == 1 || g->tiles >= 4 * threads));
+                       ((bn->sums->line || bn->sums->inner > 1) && (threads == 1 || g->tiles >= 4 * threads));
     if (tiled) {
         phases[num++] = (struct phase){bn->sums_grid.tiles, tile_chunk};
     } else {
