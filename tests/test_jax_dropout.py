@@ -514,14 +514,6 @@ def test_errors(message):
         jax.eval_shape(lambda x: pyreg.jax.dropout(x, **arguments), x)
 
 
-def test_traced_rate():
-    x, key = jnp.ones(3), jax.random.key(0)
-    with pytest.raises(TypeError, match="rate is a traced value; wanted a number"):
-        jax.jit(lambda rate: pyreg.jax.dropout(x, rate, key=key))(0.5)
-    static = jax.jit(lambda rate: pyreg.jax.dropout(x, rate, key=key), static_argnums=0)
-    assert_same(static(0.5), pyreg.jax.dropout(x, 0.5, key=key))
-
-
 # ---- Backends --------------------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,14 @@
 """Dropout as a JAX primitive: linear in x for a given key, and only the key is kept for the backward pass.
 
-Operands: x (batch..., inner...); the key's words (batch..., words), and what there is to know of the rate (batch...,
-numbers), of _numbers.py, both with 1 in place of a batch dim that shares them.  Batch dims come from vmap; an element's
-index in the mask counts over the inner dims only.
+Operands: x (batch..., inner...); the key's words (batch..., words); and, unless the rate is a parameter, what there is
+to know of it (batch..., numbers), of _numbers.py; the last two with 1 in place of a batch dim that shares them.  Batch
+dims come from vmap; an element's index in the mask counts over the inner dims only.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,34 @@ Impl = Literal["auto", "philox"]
 
 
 class Mask(NamedTuple):
-    """The parameters of the primitive: which elements are dropped, but for the key and the rate."""
+    """The parameters of the primitive: which elements are dropped, but for the key."""
 
+    rate: float | None  # None: an operand says it
     generator: str  # "philox", "threefry", "threefry_x64"; or "jax": jax.random.bernoulli draws
     broadcast: tuple[bool, ...]  # for each inner dim
     key_impl: Any = None  # of "jax"
     partitionable: bool = True  # of "jax": jax_threefry_partitionable
     x64: bool = False  # of "jax": jax_enable_x64
+
+    def numbers(self, x: Any, words: Any) -> Any:
+        """What there is to know of the rate, as the operand that belongs to these."""
+        assert self.rate is not None
+        numbers = _numbers.of_rate(self.rate, x.dtype, self.generator, self.x64)
+        return numbers.reshape((1,) * (len(words.shape) - 1) + numbers.shape)
+
     shared: bool = False  # by a forward and a backward pass
+
+
+def _with_numbers(function: Any) -> Any:
+    """function(x, words, numbers) for operands that may lack the numbers."""
+
+    @functools.wraps(function)
+    def of(x: Any, words: Any, *numbers: Any, mask: Mask, **options: Any) -> Any:
+        if mask.rate is not None:
+            numbers = (mask.numbers(x, words),)
+        return function(x, words, *numbers, mask=mask, **options)
+
+    return of
 
 
 # ---- In JAX operations -----------------------------------------------------------------------------------------------
@@ -112,6 +132,7 @@ def _philox(words: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> jax
     return kept.astype(bool).reshape(-1)[:n].reshape(shape) & ~_numbers.drops_all(numbers)
 
 
+@_with_numbers
 def _reference(x: jax.Array, words: jax.Array, numbers: jax.Array, *, mask: Mask) -> list[jax.Array]:
     batch = x.ndim - len(mask.broadcast)
     shape = _mask_shape(x.shape[batch:], mask)
@@ -141,6 +162,7 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 # ---- By kernel -------------------------------------------------------------------------------------------------------
 
 
+@_with_numbers
 def _native(x: jax.Array, words: jax.Array, numbers: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
     whole = _mask_shape(x.shape[x.ndim - len(mask.broadcast) :], mask)
     window, generator = _window((0,) * len(whole), whole), _ops._IMPLS[mask.generator]
@@ -173,25 +195,28 @@ def _call(name: str, x: jax.Array, *operands: jax.Array, reuse: bool, **attribut
     return y
 
 
-def _names(x: Any, words: Any, numbers: Any, *, mask: Mask) -> tuple[list[list[str]], list[list[str]]]:
+def _names(x: Any, words: Any, *numbers: Any, mask: Mask) -> tuple[list[list[str]], list[list[str]]]:
     """A batch dim of the key or the rate is cut as that of x, unless all of x's share one."""
     dims = [f"x{d}" for d in range(len(x.shape))]
 
     def rows(a: Any, name: str) -> list[str]:
         return [*(dims[d] if n == x.shape[d] else f"{name}{d}" for d, n in enumerate(a.shape[:-1])), name]
 
-    return [dims, rows(words, "words"), rows(numbers, "numbers")], [dims]
+    return [dims, rows(words, "words"), *(rows(a, "numbers") for a in numbers)], [dims]
 
 
-def _shard(
-    axes: dict[str, Any], avals: Any, x: jax.Array, words: jax.Array, numbers: jax.Array, *, mask: Mask
-) -> Sequence[jax.Array]:
-    batch = x.ndim - len(mask.broadcast)
-    shard = [lax.axis_index(axes[f"x{d}"]) if f"x{d}" in axes else 0 for d in range(batch, x.ndim)]
-    window, generator = _window(shard, _mask_shape(avals[0].shape[batch:], mask)), _ops._IMPLS[mask.generator]
-    return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=False, generator=generator)
+def _shard(axes: dict[str, Any], avals: Any, *operands: jax.Array, mask: Mask) -> Sequence[jax.Array]:
+    @_with_numbers
+    def of(x: jax.Array, words: jax.Array, numbers: jax.Array, *, mask: Mask) -> Sequence[jax.Array]:
+        batch = x.ndim - len(mask.broadcast)
+        shard = [lax.axis_index(axes[f"x{d}"]) if f"x{d}" in axes else 0 for d in range(batch, x.ndim)]
+        window, generator = _window(shard, _mask_shape(avals[0].shape[batch:], mask)), _ops._IMPLS[mask.generator]
+        return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=False, generator=generator)
+
+    return cast(Sequence[jax.Array], of(*operands, mask=mask))
 
 
+@_with_numbers
 def _callback(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
     x, words, numbers = np.asarray(x), np.asarray(words), np.asarray(numbers)
     y = np.empty_like(x)
@@ -211,8 +236,15 @@ def _callback(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
 # ---- The primitive ---------------------------------------------------------------------------------------------------
 
 
-def _abstract(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
+def _abstract(x: Any, *_: Any, mask: Mask) -> list[Any]:
     return [x.update(weak_type=False)]
+
+
+def _outside_jit(x: Any, words: Any, *numbers: Any, mask: Mask) -> Any:
+    """One program serves all rates."""
+    if mask.rate is not None:
+        numbers, mask = (mask.numbers(x, words),), mask._replace(rate=None)
+    return (x, words, *numbers), {"mask": mask}
 
 
 def _jet(primals: Any, series: Any, *, mask: Mask) -> Any:
@@ -232,6 +264,7 @@ dropout_p = _primitive.define(
     lambda mask: mask.generator != "jax",
     lambda operand: operand == 0,
     _jet,
+    _outside_jit,
 )
 
 
@@ -245,7 +278,7 @@ def _jvp(primals: Any, tangents: Any, *, mask: Mask) -> Any:
 
 def _transpose(cotangents: Any, x: Any, *known: Any, **params: Any) -> Any:
     (dy,) = cotangents
-    return [ad.Zero(x.aval) if type(dy) is ad.Zero else dropout_p.bind(dy, *known, **params)[0], None, None]
+    return [ad.Zero(x.aval) if type(dy) is ad.Zero else dropout_p.bind(dy, *known, **params)[0], *[None] * len(known)]
 
 
 ad.primitive_jvps[dropout_p] = _jvp
@@ -351,14 +384,10 @@ def dropout(
         return jnp.zeros_like(x)
     words, generator, key_impl = _words_of(key, impl)
     broadcast, x64 = tuple(m == 1 for m in mask_shape), _primitive.flag("jax_enable_x64")
-    mask = Mask(generator, broadcast, key_impl, _primitive.flag("jax_threefry_partitionable"), x64)
-    if traced is not None:
-        numbers = _numbers.of_traced_rate(traced, x.dtype, generator, x64)
-    else:
-        assert known is not None
-        numbers = _numbers.of_rate(known, x.dtype, generator, x64)
-    x, words, numbers = _primitive.vary_alike(x, words, numbers)
-    y: jax.Array = dropout_p.bind(x, words, numbers, mask=mask)[0]
+    mask = Mask(known, generator, broadcast, key_impl, _primitive.flag("jax_threefry_partitionable"), x64)
+    numbers = [] if traced is None else [_numbers.of_traced_rate(traced, x.dtype, generator, x64)]
+    operands = _primitive.vary_alike(x, words, *numbers)
+    y: jax.Array = dropout_p.bind(*operands, mask=mask)[0]
     return y if traced is None else _with_derivative(y, traced)
 
 

@@ -42,6 +42,7 @@ def define(
     has_kernel: Callable[..., bool] = lambda **_: True,
     repeats: Callable[[int], bool] = lambda operand: True,
     jet: Callable[..., Any] | None = None,
+    outside_jit: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] = lambda *args, **params: (args, params),
 ) -> Primitive:
     """A primitive with several results; without a kernel it is the reference everywhere.  Batch dims come first.
 
@@ -53,6 +54,7 @@ def define(
     has_kernel : params -> whether it is `native` and `callback` for them, too; else the reference is all there is.
     repeats : number of an operand -> whether it is repeated along a batch dim that it lacks; else it gets one of 1.
     jet : rule for Taylor series; by default that of the reference.
+    outside_jit : operands, params -> those of the same call that a program is compiled for, and kept.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -67,6 +69,7 @@ def define(
         return jax.jit(bind)
 
     def evaluate(*args: Any, **params: Any) -> Any:
+        args, params = outside_jit(*args, **params)
         with jax.disable_jit(False):
             return compiled(**params)(*args)
 
