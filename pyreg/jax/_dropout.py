@@ -44,13 +44,15 @@ class Mask(NamedTuple):
     shared: bool = False  # by a forward and a backward pass
 
 
-def _with_numbers(function: Any) -> Any:
-    """function(x, words, numbers) for operands that may lack the numbers."""
+def _with_numbers(function: Any, stack: Any = jnp.stack) -> Any:
+    """function(x, words, numbers) for operands that may lack the numbers.  `stack` makes an array of scalars: what a
+    partitioned program calls must have no array inside."""
 
     @functools.wraps(function)
     def of(x: Any, words: Any, *numbers: Any, mask: Mask, **options: Any) -> Any:
         if mask.rate is not None:
-            numbers = (mask.numbers(x, words),)
+            known = mask.numbers(x, words)
+            numbers = (stack([*known.flat]).reshape(known.shape),)
         return function(x, words, *numbers, mask=mask, **options)
 
     return of
@@ -216,7 +218,7 @@ def _shard(axes: dict[str, Any], avals: Any, *operands: jax.Array, mask: Mask) -
     return cast(Sequence[jax.Array], of(*operands, mask=mask))
 
 
-@_with_numbers
+@functools.partial(_with_numbers, stack=np.stack)
 def _callback(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
     x, words, numbers = np.asarray(x), np.asarray(words), np.asarray(numbers)
     y = np.empty_like(x)
