@@ -270,12 +270,12 @@ static void forward_finish(struct batchnorm *bn, size_t c, size_t end) {
     const double *deviation = bn->partial + DEVIATION * channels;
     for (; c < end; c++) {
         double var = deviation[c] / count[c], m = count[c] > 0 ? mean[c] : NAN;
+        /* No x - mean is above the root of their squares' sum. */
+        const bool wide = float_lacks(var + bn->args->epsilon) || deviation[c] > (double)FLT_MAX * (double)FLT_MAX;
+        set_coefficients(bn, c, m, var, wide); /* first, because scale and bias may lie where the results go */
         put(bn, bn->mean_out, c, m);
         if (bn->mean_low_out) put(bn, bn->mean_low_out, c, m - get(bn, bn->mean_out, c));
         put(bn, bn->var_out, c, var);
-        /* No x - mean is above the root of their squares' sum. */
-        const bool wide = float_lacks(var + bn->args->epsilon) || deviation[c] > (double)FLT_MAX * (double)FLT_MAX;
-        set_coefficients(bn, c, m, var, wide);
     }
 }
 

@@ -10,9 +10,11 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 static int openmp_default;           /* what OpenMP allowed when the library was loaded */
+static bool openmp_asked;            /* was that a wish, and not the CPUs that the loading thread may use? */
 static atomic_int process_threads;   /* pyreg_set_num_threads */
 static pthread_key_t thread_threads; /* pyreg_use_threads.  A key, as the first use of a _Thread_local may allocate, and
                                       * ends the process where it cannot */
@@ -21,12 +23,6 @@ static pthread_key_t thread_threads; /* pyreg_use_threads.  A key, as the first 
  * and each that opens a region to the first of them.  That is no limit on us; only all the places together are. */
 static bool openmp_binds;
 static atomic_bool main_unpinned; /* pyreg_unpinned */
-
-__attribute__((constructor)) static void at_load(void) {
-    pthread_key_create(&thread_threads, NULL);
-    openmp_default = omp_get_max_threads();
-    openmp_binds = omp_get_proc_bind() != omp_proc_bind_false && omp_get_num_places() > 0;
-}
 
 void pyreg_unpinned(void) { atomic_store(&main_unpinned, true); }
 
@@ -50,6 +46,16 @@ static void read_cpus(cpu_set_t *cpus) {
         for (int p = 0; p < omp_get_num_places(); p++) add_place(p, cpus);
 }
 
+__attribute__((constructor)) static void at_load(void) {
+    pthread_key_create(&thread_threads, NULL);
+    openmp_default = omp_get_max_threads();
+    openmp_binds = omp_get_proc_bind() != omp_proc_bind_false && omp_get_num_places() > 0;
+    cpu_set_t cpus;
+    read_cpus(&cpus);
+    const char *asked = getenv("OMP_NUM_THREADS");
+    openmp_asked = (asked && *asked) || openmp_default != CPU_COUNT(&cpus);
+}
+
 static int at_most(int a, int b) { return a < b ? a : b; }
 
 struct threads threads_for_call(void) {
@@ -61,7 +67,7 @@ struct threads threads_for_call(void) {
     if (!cpus) cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
     cpus = (int)fmax(1, fmin(cpus, ceil(machine_quota())));
     t.count = asked ? asked : cpus;
-    if (!asked || openmp != openmp_default) t.count = at_most(t.count, openmp);
+    if ((!asked && openmp_asked) || openmp != openmp_default) t.count = at_most(t.count, openmp);
     t.count = at_most(t.count, omp_get_thread_limit());
     t.useful = at_most(t.count > cpus ? t.count : cpus, omp_get_thread_limit());
     return t;

@@ -9,13 +9,16 @@ from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
 
+import threading
 from contextvars import ContextVar
+from os import register_at_fork
 
 cnp.import_array()
 
 
 cdef extern from "Python.h" nogil:
     int PyErr_CheckSignals()
+    unsigned long PyThread_get_thread_ident()
 
 
 cdef extern from "numpy/arrayobject.h":  # not in Cython's own declarations
@@ -126,7 +129,17 @@ cdef int check(pyreg_status status) except -1:
     raise MemoryError(message) if status == PYREG_NO_MEMORY else ValueError(message)
 
 
+cdef unsigned long main_thread  # runs Python's signal handlers; any other may never get the GIL while Python ends
+
+
+def this_is_the_main_thread():
+    global main_thread
+    main_thread = PyThread_get_thread_ident()
+
+
 cdef c_bool signal_arrived() noexcept nogil:
+    if PyThread_get_thread_ident() != main_thread:
+        return False
     with gil:
         return PyErr_CheckSignals() != 0
 
@@ -522,6 +535,7 @@ def ffi_api():
 
 
 def config():
+    use_asked_threads()
     return {
         "compiler": pyreg_compiler().decode(),
         "isa": pyreg_isa_name().decode(),
@@ -539,6 +553,9 @@ cdef init():
         import os
         raise ImportError(f"PYREG_ISA={os.environ.get('PYREG_ISA')!r} is not an instruction set that this machine can "
                           f"run; choose from {', '.join(isa_available())}")
+    global main_thread
+    main_thread = threading.main_thread().ident
+    register_at_fork(after_in_child=this_is_the_main_thread)
     pyreg_set_interrupt_check(signal_arrived)
 
 

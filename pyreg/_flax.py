@@ -1,34 +1,40 @@
 """What the drop-ins for Flax's two families of layers share: which inputs pyreg takes, and attention's dropout."""
 
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pyreg import _ops
 from pyreg._ops import Activation as Activation
 from pyreg.jax import dropout
 from pyreg.jax._dropout import Impl as Impl
+from pyreg.jax._primitive import flag
 
 Array = jax.Array
 
 
-def draws(x: Any, rate: Any) -> bool:
+def draws(x: Any, rate: Any, impl: Impl) -> bool:
     """Whether there is a mask to draw, and pyreg.jax.dropout means by these what Flax's Dropout does.
 
-    It does not where Flax's keep probability would decide the dtype of the draw or of the result, or that is weak.
+    It does not where Flax's keep probability would decide the dtype of the draw or of the result, or that is weak;
+    philox is another mask, anyhow.
     """
-    return (
-        isinstance(rate, (int, float))
-        and check_rate(rate) not in (0, 1)
-        and hasattr(x, "dtype")
-        and _ops._is_supported(x)
+    scalar = isinstance(rate, (np.ndarray, jax.Array)) and rate.ndim == 0 and not isinstance(rate, jax.core.Tracer)
+    if not (isinstance(rate, numbers.Real) or scalar):
+        return False
+    if check_rate(rate) in (0, 1) or not (hasattr(x, "dtype") and _ops._is_supported(x)):
+        return False
+    return impl == "philox" or (
+        (isinstance(rate, (int, float)) or (rate.dtype == np.float32 and not flag("jax_enable_x64")))
         and jnp.result_type(x, rate) == x.dtype
         and not getattr(x, "weak_type", False)
     )
 
 
-def check_rate(rate: float) -> float:
+def check_rate(rate: Any) -> float:
     try:
         return _ops._check_rate(rate)
     except ValueError as error:

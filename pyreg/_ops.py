@@ -254,7 +254,7 @@ def _integers(value: Any, name: str) -> tuple[int, ...]:
         else:
             return value
     many = type(value) is tuple or getattr(value, "ndim", 0) == 1
-    if many or (isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray))):
+    if many or (isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray, memoryview))):
         return tuple([n if type(n) is int else _integer(n, f"an element of {name}") for n in value])
     return (_integer(value, name, "an int or a sequence of ints"),)
 
@@ -290,7 +290,7 @@ def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
 
 
-LONG = 1 << 20  # elements; shorter calls end before they ask for signals
+LONG = 1 << 20  # elements; to note the state of a generator takes no time beside them
 _NO_DIMS, _NO_OFFSET = (), 0  # the defaults, seen by identity, which is fast; what equals them gives the same result
 
 
@@ -305,17 +305,26 @@ def _drop_by_fresh_key(
     scaled: bool,
     strides: tuple[int, ...] | None,
 ) -> int:
-    """y = dropout(x) by a key that is drawn here, and returned; if Ctrl-C stops it, it is as if none had been drawn."""
-    source = rng.bit_generator if x.size >= LONG and isinstance(rng, np.random.Generator) else None
-    state = None if source is None else source.state
+    """y = dropout(x) by a key that is drawn here, and returned; if that raises, it is as if none had been drawn."""
+    source = rng.bit_generator if isinstance(rng, np.random.Generator) else None
+    state = None if source is None or (x.size < LONG and type(source) in _CAN_GO_BACK) else source.state
     key = fresh_key(rng)
     try:
         _core.dropout(code, x, y, generator, key, rate, offset, scaled, strides)
     except BaseException:
-        if source is not None and state is not None:
-            source.state = state
+        if source is not None:
+            source.state = _state_before_a_key(source) if state is None else state
         raise
     return key
+
+
+_CAN_GO_BACK = (np.random.PCG64, np.random.PCG64DXSM)  # a key is one step of theirs
+
+
+def _state_before_a_key(source: Any) -> Any:
+    now = source.state
+    source.advance(-1)  # forgets half a draw that is left over, which a key does not touch
+    return {**source.state, "has_uint32": now["has_uint32"], "uinteger": now["uinteger"]}
 
 
 def _apply(
@@ -345,8 +354,6 @@ def _apply(
         key = 0  # nothing is drawn
 
     y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x,), name)
-    if key is None and x.size < LONG:
-        key = fresh_key(rng)
     if key is None:
         _drop_by_fresh_key(rng, code, x, y, generator, rate, offset, True, strides)
     else:
@@ -858,7 +865,7 @@ def get_num_threads() -> int:
 
 
 def _check_threads(n: int, wanted: str = "") -> int:
-    message = f"number of threads is {n!r}; wanted an int n from 1 to {_MOST_THREADS}{wanted}"
+    message = f"number of threads is {_shown(n)}; wanted an int n from 1 to {_MOST_THREADS}{wanted}"
     try:
         number = operator.index(n)
     except TypeError:

@@ -167,6 +167,14 @@ class Dropout(Layer):
         else:
             self._rng, self._seeded_in = _ops._generator(rng), None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of pickles whose layer has ``rng`` as an attribute of its own."""
+        state = {"key": None, "_last": None, **state}
+        state.pop("_trained", None)
+        if "rng" in state:
+            state["_rng"], state["_seeded_in"] = state.pop("rng"), None
+        self.__dict__.update(state)
+
     def __call__(self, x: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
         """Dropout of ``x`` in training; in evaluation ``x`` itself, or ``x * (1 - rate)`` if not ``inverted``.
 
@@ -616,7 +624,7 @@ class BatchNorm(Layer):
             if value.shape != (self.num_features,):
                 raise ValueError(f"{name} has shape {value.shape}; wanted ({self.num_features},)")
             _ops._check_channels(value, self.num_features, name)
-            new[name] = np.array(value, np.asarray(getattr(self, name)).dtype)
+            new[name] = _with_room(value, np.asarray(getattr(self, name)).dtype, name)
         for name, value in new.items():
             setattr(self, name, value)
 
@@ -626,6 +634,15 @@ class BatchNorm(Layer):
 
     def __repr__(self) -> str:
         return f"BatchNorm({self.num_features}, axis={self.axis}, momentum={self.momentum}, epsilon={self.epsilon})"
+
+
+def _with_room(value: _ops.Array, dtype: np.dtype[Any], name: str) -> _ops.Array:
+    """A copy of another dtype, which has room for its numbers."""
+    with np.errstate(over="ignore"):
+        new = value.astype(dtype)
+    if (np.isinf(new) & ~np.isinf(value)).any():
+        raise ValueError(f"{name} has numbers that are too large for {dtype}; wanted the range of the layer's dtype")
+    return new
 
 
 def _check_momentum(momentum: float) -> float:

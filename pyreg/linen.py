@@ -48,7 +48,7 @@ class Dropout(linen.Dropout):
     def __call__(self, inputs: Any, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
         """Dropout of ``inputs``, as Flax's; ``rng`` is a key to use instead of the stream's."""
         off = linen.merge_param("deterministic", self.deterministic, deterministic)
-        if off or not draws(inputs, self.rate):
+        if off or not draws(inputs, self.rate, self.impl):
             return _flax_dropout(self, inputs, deterministic, rng)
         key = self.make_rng(self.rng_collection) if rng is None else rng
         return dropout(inputs, self.rate, key=key, broadcast_dims=self.broadcast_dims, impl=self.impl)

@@ -86,7 +86,7 @@ class Dropout(nnx.Dropout):
         """Dropout of ``inputs``, as Flax's: what is given here goes before what the constructor was given."""
         off = self.deterministic if deterministic is None else deterministic
         stream = self.rngs if rngs is None else rngs
-        if off is None or off or not isinstance(stream, _SOURCES) or not draws(inputs, self.rate):
+        if off is None or off or not isinstance(stream, _SOURCES) or not draws(inputs, self.rate, self.impl):
             return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
         if isinstance(stream, nnx.Rngs):
             stream = stream[self.rng_collection]

@@ -686,3 +686,11 @@ def test_a_packed_mask_needs_its_own_memory_only(monkeypatch):
         pyreg.dropout_mask(2**62, key=1)
     with pytest.raises(MemoryError):
         pyreg.dropout_mask((2**62, 1), key=1, packed=True)
+
+
+def test_views_of_memory_with_two_dims():
+    view = memoryview(np.zeros((2, 2), np.int64))
+    with pytest.raises(TypeError, match="broadcast_dims"):
+        pyreg.dropout(np.ones((2, 2)), key=1, broadcast_dims=view)
+    with pytest.raises(TypeError, match="shape"):
+        pyreg.dropout_mask(view, key=1)

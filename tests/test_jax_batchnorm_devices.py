@@ -211,6 +211,15 @@ def constant_channels():
 
 
 @case
+def near_the_largest_number():
+    for value in (1e37, 3e38, np.finfo(F32).max):
+        x = np.full((64, 2), value, F32)
+        _, mean, var = jax.jit(batch_norm)(put(x, auto_mesh(), ("a", "b")))
+        np.testing.assert_array_equal(mean, x[0])
+        assert not np.asarray(var).any()
+
+
+@case
 def specials():
     """NaN and Inf stay in their channel, and the mean is that of one device."""
     x = normal((16, 4), F32)
@@ -230,13 +239,20 @@ def second_derivatives_of_cut_channels():
         gradient = jax.grad(lambda x: (f(x)[0] ** 3 + f(x)[1] * f(x)[2]).sum())
         return jax.jit(lambda x: jax.jvp(gradient, (x,), (jnp.cos(x),))[1])
 
-    want = product(formula)(x)
+    def by_scale(f):
+        """The same of scale and bias, which are on every device."""
+        gradients = jax.grad(lambda scale, bias, x: (f(x, scale, bias)[0] ** 3).sum(), (0, 1))
+        return jax.jit(lambda x, *args: jax.jvp(lambda *args: gradients(*args, x), args, args))
+
+    want, scale = product(formula)(x), jnp.linspace(0.5, 2, 6)
     for mesh in meshes():
         for spec in ((None, "b"), ("a", "b"), ("a",)):
             with jax.set_mesh(mesh):
                 got = product(batch_norm)(put(x, mesh, *spec))
                 statistic = jax.jit(batch_norm)(put(x, mesh, *spec))[1]
+                scales = by_scale(batch_norm)(put(x, mesh, *spec), put(scale, mesh), put(scale, mesh))
             assert_close(got, want, 1e-4)
+            assert_close(scales, by_scale(formula)(x, scale, scale), 1e-4)
             assert statistic.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec[1:2])), 1), spec
 
 

@@ -608,6 +608,8 @@ def test_key_reuse(impl):
         first, second = jax.random.split(key)
         y = pyreg.jax.dropout(pyreg.jax.dropout(x, key=first, impl=impl), key=second, impl=impl)
         jax.grad(lambda x: pyreg.jax.dropout(x, key=jax.random.key(2), impl=impl).sum())(x)
+        for name in KEY_IMPLS:
+            pyreg.jax.dropout(x, key=jax.random.key(0, impl=name), impl=impl)
     assert_same(y, pyreg.jax.dropout(pyreg.jax.dropout(x, key=first, impl=impl), key=second, impl=impl))
 
 

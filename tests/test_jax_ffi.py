@@ -103,3 +103,21 @@ def test_calls_that_do_not_fit():
     assert len(counts) == 10
     for name, refused, taken in counts:
         assert int(refused) > 5 * int(taken), (name, refused, taken)
+
+
+def test_parameters_where_the_statistics_go():
+    """XLA may be told to write the mean over the scale, and the variance over the bias."""
+    code = """
+import jax, numpy as np, pyreg.jax
+jnp, S = jax.numpy, jax.ShapeDtypeStruct
+pyreg.jax.register()
+x, epsilon = jnp.asarray(np.random.default_rng(0).random((64, 4)), "f4"), pyreg.jax._numbers.words_of(1e-5)
+outs = [S((64, 4), "float32"), *[S((4,), "float32")] * 3]
+ys = []
+for aliases in ({}, {1: 1}, {2: 3}, {1: 2, 2: 1}):
+    call = jax.ffi.ffi_call("pyreg_batch_norm_forward_v2", outs, input_output_aliases=aliases)
+    operands = x, jnp.arange(1.0, 5.0), jnp.ones(4), epsilon, jnp.zeros(0, bool), jnp.zeros(0)
+    ys.append(np.asarray(jax.jit(lambda *a: call(*a, axis=np.int64(1), relu=False))(*operands)[0]))
+print(all((y == ys[0]).all() for y in ys))
+"""
+    assert python(code, warnings="ignore") == "True"

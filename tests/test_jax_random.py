@@ -232,11 +232,10 @@ def test_copies_of_a_handle():
     """Are one call: JAX's lowering returns once, and the next call works."""
     x, key = jax.random.normal(jax.random.key(1), (8,)), jax.random.key(1)
     handle = pyreg.jax.accelerate_random()
-    other = copy.copy(handle)
+    others = copy.copy(handle), copy.deepcopy(handle)
     assert not loops()
-    other.undo()
-    handle.undo()
-    copy.deepcopy(handle).undo()
+    for h in (*others, handle):
+        h.undo()
     assert loops()
     with pyreg.jax.accelerate_random():
         assert not loops()

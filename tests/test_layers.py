@@ -365,3 +365,41 @@ def test_spawned_layers_draw_for_themselves(method):
         layer.spawn(-1)
     with pytest.raises(TypeError, match="rng cannot spawn"):
         pyreg.Dropout(rng=np.random.RandomState(0)).spawn(2)
+
+
+@pytest.mark.parametrize(
+    "bits", [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.SFC64, np.random.Philox]
+)
+def test_a_call_without_memory_draws_nothing(bits):
+    """Whatever the generator, and also half a draw that is left over from something else."""
+    rng = np.random.Generator(bits(3))
+    rng.integers(1 << 30, dtype=np.uint32)
+    layer, x = pyreg.Dropout(0.5, rng=rng), np.ones((300, 500), np.float32).T
+    layer(x)
+    key, state = layer.key, copy.deepcopy(layer.state_dict())
+    for call in (layer, lambda x: pyreg.dropout(x, 0.5, rng=rng)):
+        _core.fail_allocation(1)
+        try:
+            with pytest.raises(MemoryError):
+                call(x)
+        finally:
+            _core.fail_allocation(0)
+        np.testing.assert_equal(layer.state_dict(), state)
+    assert layer.key == key
+
+
+def test_pickles_that_hold_the_generator_itself():
+    layer = pyreg.Dropout(0.5, rng=0)
+    state = {"rate": 0.5, "broadcast_dims": (), "impl": "philox", "inverted": True, "rng": layer.rng, "key": None}
+    old = pyreg.Dropout.__new__(pyreg.Dropout)
+    old.__setstate__({**state, "_trained": None})
+    x = np.ones(64, np.float32)
+    assert (old(x) == pyreg.Dropout(0.5, rng=0)(x)).all()
+
+
+def test_a_state_that_is_too_large():
+    layer = pyreg.BatchNorm(1)
+    state = {**layer.state_dict(), "mean": np.array([1e300])}
+    with pytest.raises(ValueError, match="mean has numbers that are too large for float32"):
+        layer.load_state_dict(state)
+    layer.load_state_dict({**state, "mean": np.array([np.inf])})

@@ -979,3 +979,21 @@ print("fine")
 def test_several_devices():
     """Groups of devices under shard_map, and arrays that are cut."""
     assert python(DEVICES, timeout=300, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("fine")
+
+
+# ---- Rates that are not Python's numbers -----------------------------------------------------------------------------
+
+NUMBERS = [np.float32, np.float16, np.array, lambda rate: np.array(rate, np.float32)]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_rates_of_numpy(number):
+    """Flax's numbers, or the mask that was asked for; and a rate that is none is refused."""
+    x, key = jnp.arange(64.0), jax.random.key(0)
+    rate = number(0.5)
+    ours, theirs = (layer(rate, rngs=nnx.Rngs(0))(x, rngs=key) for layer in (pyreg.nnx.Dropout, nnx.Dropout))
+    assert_same(ours, theirs)
+    native = pyreg.nnx.Dropout(rate, rngs=nnx.Rngs(0), impl="philox")(x, rngs=key)
+    assert_same(native, pyreg.jax.dropout(x, 0.5, key=key, impl="philox"))
+    with pytest.raises(ValueError, match="wanted a probability"):
+        pyreg.nnx.Dropout(number(1.5), rngs=nnx.Rngs(0))(x)

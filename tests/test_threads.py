@@ -545,3 +545,48 @@ for _ in range(2):
     finish(child)
 """
     python(code, warnings="ignore")
+
+
+def test_daemon_threads_may_compute_when_python_ends():
+    """They never get the interpreter back; the threads that help them must not mind."""
+    code = """
+import threading, time, numpy as np, pyreg
+pyreg.set_num_threads(8)
+x, z = np.ones((64, 1_500_000), np.float32), np.zeros(64, np.float32)
+def compute():
+    while True:
+        pyreg.batch_norm_inference(x, z, z + 1, axis=0, out=x)
+for _ in range(6):
+    threading.Thread(target=compute, daemon=True).start()
+time.sleep(0.4)
+"""
+    for _ in range(3):
+        python(code, warnings="ignore")
+
+
+def test_the_configuration_is_of_the_context():
+    with pyreg.num_threads(1):
+        assert pyreg.show_config("dicts")["threads"] == 1
+    with pyreg.num_threads(7):
+        assert pyreg.show_config("dicts")["threads"] == 7
+
+
+def test_imported_while_pinned():
+    """What the loading thread may use is no wish."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs")
+    code = """
+import os
+cpus = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {min(cpus)})
+import pyreg
+print(pyreg.get_num_threads())
+os.sched_setaffinity(0, cpus)
+print(pyreg.get_num_threads() == len(cpus))
+"""
+    assert python(code).split() == ["1", "True"]
+
+
+def test_a_number_too_long_to_print():
+    with pytest.raises(ValueError, match="number of threads is"):
+        pyreg.set_num_threads(10**5000)

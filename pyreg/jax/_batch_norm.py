@@ -100,6 +100,9 @@ def _add(a: Array, small: Array) -> tuple[Array, Array]:
     return total, jnp.where(jnp.isfinite(total), (a - total) + small, 0)
 
 
+POOLED = 2.0**-12  # as many parts as this may have means near the largest number
+
+
 def _pool(weight: Array, statistics: Sequence[Array], psum: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
     """Mean, what it lacks, and variance of all parts from those of each and their shares of elements, in two sums.
 
@@ -108,10 +111,11 @@ def _pool(weight: Array, statistics: Sequence[Array], psum: Callable[[Array], Ar
     are of the order of a standard deviation where float32 can tell the data apart at all.
     """
     mean, low, var = (jnp.where(weight > 0, a, 0) for a in statistics)  # a part may have nothing
-    (w, w_rest), (m, m_rest) = _split_digits(weight), _split_digits(mean)
-    rest = jnp.where(jnp.isfinite(mean), w * m_rest + w_rest * m + w_rest * m_rest + weight * low, 0)
+    scaled = mean * POOLED  # so that no sum of means overflows
+    (w, w_rest), (m, m_rest) = _split_digits(weight), _split_digits(scaled)
+    rest = jnp.where(jnp.isfinite(mean), w * m_rest + w_rest * m + w_rest * m_rest + weight * low * POOLED, 0)
     total, large, small = lax.stop_gradient(psum(jnp.stack([weight, w * m, rest])))
-    guess = (large + small) / total
+    guess = (large + small) / total / POOLED
     d = (mean - guess) + low
     total, shift, square, within = psum(jnp.stack([weight, weight * d, weight * d**2, weight * var]))
     shift = shift / total
@@ -401,6 +405,15 @@ def _is_smooth(operand: Any) -> bool:
     return bool(jnp.issubdtype(operand.dtype, jnp.floating))
 
 
+def _placed(result: Array, wanted: Any) -> Array:
+    """Under an explicit mesh: the result where its type says."""
+    sharding = wanted.sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(result).sharding == sharding:
+        return result
+    placed: Array = jax.sharding.reshard(result, sharding)
+    return placed
+
+
 def _smooth(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """The operands that have derivatives, and their tangents as arrays."""
     keep = [_is_smooth(p) for p in primals]
@@ -415,11 +428,12 @@ def _forward_jvp(primals: Any, tangents: Any, *, o: Options) -> Any:
     return results, tangent_p.bind(*_smooth(primals, tangents)[1], *known, o=o)
 
 
-def _jvp_of(formula: Callable[..., Any]) -> Callable[..., Any]:
+def _jvp_of(formula: Callable[..., Any], abstract: Callable[..., Any]) -> Callable[..., Any]:
     def rule(primals: Any, tangents: Any, *, o: Options) -> Any:
         def function(*smooth: Any) -> Any:
             left = iter(smooth)
-            return _problems(formula)(*[next(left) if _is_smooth(p) else p for p in primals], o=o)
+            results = _problems(formula)(*[next(left) if _is_smooth(p) else p for p in primals], o=o)
+            return list(map(_placed, results, abstract(*map(jax.typeof, primals), o=o)))
 
         return jax.jvp(function, *_smooth(primals, tangents))
 
@@ -439,8 +453,8 @@ def _transpose_by(primitive: Any, linear: Callable[[Options], int]) -> Callable[
 
 
 ad.primitive_jvps[forward_p] = _forward_jvp
-ad.primitive_jvps[tangent_p] = _jvp_of(_tangent)
-ad.primitive_jvps[backward_p] = _jvp_of(_backward)
+ad.primitive_jvps[tangent_p] = _jvp_of(_tangent, _abstract_tangent)
+ad.primitive_jvps[backward_p] = _jvp_of(_backward, _abstract_backward)
 ad.primitive_transposes[tangent_p] = _transpose_by(backward_p, lambda o: 3 + o.residual)
 ad.primitive_transposes[backward_p] = _transpose_by(tangent_p, lambda o: 3)
 

@@ -304,11 +304,12 @@ def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
     if key.ndim != 0:
         raise ValueError(f"key has shape {key.shape}; wanted one key; jax.vmap maps over keys")
     key_impl = jax.random.key_impl(key)
+    if impl == "philox" and key_impl != "threefry2x32":
+        return jax.random.bits(key, (2,), jnp.uint32), "philox", None
     if _primitive.flag("jax_debug_key_reuse"):
         jax.random.bits(key, (0,))  # uses the key up in the eyes of JAX, which sees no key in its words
     if impl == "philox":
-        words = jax.random.key_data(key) if key_impl == "threefry2x32" else jax.random.bits(key, (2,), jnp.uint32)
-        return words, "philox", None
+        return jax.random.key_data(key), "philox", None
     if key_impl == "threefry2x32" and _primitive.flag("jax_threefry_partitionable"):
         return jax.random.key_data(key), "threefry_x64" if _primitive.flag("jax_enable_x64") else "threefry", None
     return jax.random.key_data(key), "jax", key_impl

@@ -1,5 +1,6 @@
 """A faster CPU lowering of JAX's Threefry2x32, which all of ``jax.random`` draws from."""
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -86,6 +87,9 @@ class _Handle:
                 _calls.remove(self._call)
                 if not _calls:
                     _restore()
+
+    def __deepcopy__(self, memo: Any) -> "_Handle":
+        return copy.copy(self)
 
     def __enter__(self) -> "_Handle":
         return self
