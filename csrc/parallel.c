@@ -336,6 +336,8 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
     return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
 }
 
+enum { CACHE_LINE = 64 }; /* where scratch memory begins: vectors that cross lines take up to a fifth longer */
+
 static size_t most_chunks(const struct phase *phases, size_t num_phases) {
     size_t most = 0;
     for (size_t p = 0; p < num_phases; p++) most = phases[p].chunks > most ? phases[p].chunks : most;
@@ -352,15 +354,20 @@ enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, vo
         size_t most = most_chunks(phases, num_phases);
         if ((size_t)threads.count > most) threads.count = (int)most;
     }
-    char *scratch = scratch_bytes ? memory_alloc((size_t)threads.count, scratch_bytes) : NULL;
-    if (scratch_bytes && !scratch) return PYREG_NO_MEMORY;
+    char *memory = NULL, *scratch = NULL;
+    if (scratch_bytes) {
+        scratch_bytes += -scratch_bytes % CACHE_LINE;
+        memory = memory_alloc(1, (size_t)threads.count * scratch_bytes + CACHE_LINE);
+        if (!memory) return PYREG_NO_MEMORY;
+        scratch = memory + -(uintptr_t)memory % CACHE_LINE;
+    }
     enum pyreg_status status = PYREG_OK;
     if (threads.count > 1 || serial_ns > 10e6)
         status = run_known(phases, num_phases, work, scratch, scratch_bytes, mode, &threads);
     else /* too short for interrupts and forks in its midst */
         for (size_t p = 0; p < num_phases; p++)
             for (size_t c = 0; c < phases[p].chunks; c++) phases[p].run(work, c, scratch);
-    memory_free(scratch);
+    memory_free(memory);
     fp_set(mode); /* no exception flags left behind */
     return status;
 }

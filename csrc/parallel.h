@@ -12,8 +12,8 @@ struct phase {
 };
 
 /* Runs the phases, on this thread and those helpers that are free; on this one alone if serial_ns, an estimate of the
- * whole work in nanoseconds on one thread, is below what threads pay for.  Each thread has `scratch_bytes` of its own, 0
- * or room for a pointer at least.  PYREG_OK, PYREG_INTERRUPTED, or PYREG_NO_MEMORY before anything has run. */
+ * whole work in nanoseconds on one thread, is below what threads pay for.  Each thread has `scratch_bytes` of its own,
+ * from the beginning of a cache line on.  PYREG_OK, PYREG_INTERRUPTED, or PYREG_NO_MEMORY before anything has run. */
 enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, void *work, size_t scratch_bytes,
                                double serial_ns);
 
