@@ -332,7 +332,7 @@ BAD = {
     "x": [*NO_ARRAYS, None],
     "rate": [-0.1, 1.5, math.nan, -math.inf, "0.5", None, [0.5], 10**400, 1j],
     "key": [-1, 2**64, 10**30, "a", 1.5, np.zeros(3, np.uint32), [], 1j],
-    "offset": [-1, 2**64, 2**200, 1.5, None, "1"],
+    "offset": [-1, 2**64 + 1, 2**200, 1.5, None, "1"],
     "impl": ["sha", None, 3, [], b"philox"],
     "broadcast_dims": [99, (-99,), 1.5, ("a",), [None], None, 2**70],
     "shape": [-1, (2, -1), 1.5, None, "a", (1.5,)],
