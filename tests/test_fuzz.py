@@ -82,7 +82,7 @@ def gradients_by_the_other_mask(dtype, dy, x, axis, epsilon, relu, scale, mask, 
     ],
 )
 def test_it_finds_a_fault(monkeypatch, kind, name, broken):
-    numbers = of_kind(kind, 100)
+    numbers = of_kind(kind, 300)
     with np.errstate(all="ignore"):
         before = [fuzz.find(n) for n in numbers]
         monkeypatch.setattr(_ops, "_core", SimpleNamespace(**{**vars(_core), name: broken}))
