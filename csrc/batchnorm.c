@@ -386,9 +386,10 @@ static void backward_finish(struct batchnorm *bn, size_t c, size_t end) {
         bn->gain[c] = gain;
         bn->slope[c] = slope;
         const bool far = square < 0x1p-64 || square > 0x1p64; /* the slope goes with its inverse */
-        /* Of dy near the largest float the terms may overflow, and yet cancel.  No xhat is above the root of n. */
+        /* Near the largest float terms may overflow, and yet cancel, or be times 0.  No xhat is above the root of n. */
         const double most = fabs(gain * dscale);
-        const bool large = fabs(offset) > FLT_MAX || (most > FLT_MAX && most > FLT_MAX * sqrt(n));
+        const bool large =
+            fabs(offset) > FLT_MAX || fabs(slope) > FLT_MAX || (most > FLT_MAX && most > FLT_MAX * sqrt(n));
         set_centre(bn, c, mean, large || float_lacks(square) || (far && slope != 0 && float_lacks(fabs(slope))));
         bn->offset[c] = offset - slope * (mean - bn->centre[c]);
         put(bn, bn->dscale_out, c, dscale);

@@ -980,3 +980,14 @@ def test_gradients_that_cancel_near_the_largest_float(shape, swept):
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(dscale, want_dscale.astype(F32), rtol=1e-5, atol=1e32)
         np.testing.assert_allclose(dbias, want_dbias.astype(F32), rtol=1e-5, atol=1e32)
+
+
+def test_gradients_of_large_constants():
+    """What is left of dscale by rounding, times 0, is 0."""
+    x = np.repeat(normal((1, 50), F32) * np.float32(1e38), 5, axis=0)
+    dy = normal(x.shape, F32, 1)
+    y, mean, var = pyreg.batch_norm(x, epsilon=1e-12)
+    dx, _, dbias = pyreg.batch_norm_backward(dy, x, mean, var, epsilon=1e-12)
+    want = (dy - dbias.astype(F64) / 5) * 1e6
+    assert (y == 0).all()
+    assert np.abs(dx - want).max() < 1e-6 * np.abs(want).max()
