@@ -35,7 +35,8 @@ def add(a, b):
 
 def mean_of(tree):
     """A scalar that is linear in no element."""
-    return sum((a.astype(jnp.float32) ** 2 * weights(a)).mean() for a in jax.tree.leaves(tree) if a.size)
+    means = ((a.astype(jnp.float32) ** 2 * weights(a)).mean() for a in jax.tree.leaves(tree) if a.size)
+    return sum(means, start=jnp.float32(0))
 
 
 def batched(tree, n, axis):
