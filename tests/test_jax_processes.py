@@ -37,6 +37,15 @@ for spec in ("i", None, None), (None, "i", None), (None, None, "i"):
         (shard,) = y.addressable_shards
         assert shard.data.size == x.size // 2
         digests[f"{spec} {impl}"] = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+far = (1e7 * np.arange(1, 9) + 9 * np.random.default_rng(1).standard_normal((64, 8))).astype(np.float32)
+shards = jax.make_array_from_callback(far.shape, NamedSharding(mesh, PartitionSpec("i")), lambda at: far[at])
+y, mean, var = jax.jit(pyreg.jax.batch_norm)(shards)
+wide = far.astype(np.float64)
+want = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+(shard,) = y.addressable_shards
+digests["var"] = float(np.abs(np.asarray(var.addressable_data(0)) / wide.var(0) - 1).max())
+off = np.abs(np.asarray(shard.data) - want[shard.index]).max()
+digests["ulps of y"] = float(off / np.spacing(np.float32(want.max())))
 print(json.dumps(digests))
 """
 
@@ -59,12 +68,15 @@ def run_two(program):
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def test_masks():
+def test_masks_and_statistics():
     import jax
 
     x = np.random.default_rng(0).standard_normal((6, 8, 10)).astype(np.float32)
     words = np.asarray(jax.random.key_data(jax.random.key(5)))
     digests = run_two(PROGRAM)
+    for d in digests:
+        assert d["var"] < 4e-7
+        assert d["ulps of y"] < 4
     for dim in range(3):
         spec = tuple("i" if d == dim else None for d in range(3))
         for name, impl in ("auto", "threefry"), ("philox", "philox"):
