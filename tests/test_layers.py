@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import reference
-from common import normal, same
+from common import normal, python, same
 
 import pyreg
 from pyreg import _core
@@ -303,9 +303,17 @@ def in_forks(layer, count):
     return results
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def in_a_process_of_its_own(check, *arguments):
+    """Calls a function of this module where JAX, which may have been imported here, does not mind forks."""
+    python(f"import test_layers; test_layers.{check.__name__}{arguments!r}", warnings="ignore")
+
+
 @pytest.mark.parametrize("used", [False, True])
 def test_forks_draw_different_masks(used):
+    in_a_process_of_its_own(forks_draw_different_masks, used)
+
+
+def forks_draw_different_masks(used):
     layer = pyreg.Dropout(0.5)
     before = [drawn(layer)] if used else []
     assert len({*before, *in_forks(layer, 3), drawn(layer)}) == 6 + 1 + used
@@ -345,9 +353,12 @@ def test_rng_can_be_assigned():
     assert drawn(copy.copy(layer)) != drawn(layer)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_spawned_layers_draw_for_themselves(method):
+    in_a_process_of_its_own(spawned_layers_draw_for_themselves, method)
+
+
+def spawned_layers_draw_for_themselves(method):
     layer = pyreg.WordDropout(0.5, rng=3, scale_by_keep=False).eval()
     layer(np.ones((2, 2)))
     spawned = layer.spawn(2)
