@@ -4,6 +4,7 @@ import contextlib
 import math
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence, Set
 from numbers import Number
 from typing import Any, Literal
@@ -51,10 +52,16 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
+def _masked_array() -> Any:
+    """numpy.ma.MaskedArray, or no class if nobody has it.  NumPy imports its module when it is first looked at, and a
+    signal handler may call us just then."""
+    return getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
+
+
 def _number(value: Any, name: str, wanted: str) -> float:
     """value as a float; arrays without dims count as numbers, and bools as in Python and Flax; strings do not."""
     try:
-        if getattr(value, "ndim", None) == 0 and not isinstance(value, np.ma.MaskedArray):
+        if getattr(value, "ndim", None) == 0 and not isinstance(value, _masked_array()):
             value = value.item()
         if isinstance(value, (str, bytes, bytearray, np.ndarray)):
             raise TypeError
@@ -70,7 +77,7 @@ def _integer(value: Any, name: str, wanted: str = "an int") -> int:
     if type(value) is int:
         return value
     try:
-        if isinstance(value, np.ma.MaskedArray):
+        if isinstance(value, _masked_array()):
             raise TypeError
         return operator.index(value)
     except Exception:
@@ -102,9 +109,10 @@ def _error_like(error: Exception) -> type[Exception]:
 def _is_masked(value: Any) -> bool:
     """Whether value is a masked array, or a list with one in it."""
     if not isinstance(value, (list, tuple)):
-        return isinstance(value, np.ma.MaskedArray)
+        return isinstance(value, _masked_array())
     kinds = set(map(type, value))  # few, so that a long list of numbers is soon seen through
-    return any(issubclass(kind, (list, tuple, np.ma.MaskedArray)) for kind in kinds) and any(map(_is_masked, value))
+    nested = (list, tuple, *([masked] if (masked := _masked_array()) else []))
+    return any(issubclass(kind, nested) for kind in kinds) and any(map(_is_masked, value))
 
 
 def _as_array(value: Any, name: str, wanted: str = "an array") -> Array:

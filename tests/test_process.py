@@ -370,6 +370,7 @@ def test_import_is_light():
     assert python(code) == "[]"
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:")  # of JAX, if it has been imported
 @pytest.mark.parametrize("module", ["_ops", "layers", "channelwise", "_config"])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"pyreg.{module}"))
