@@ -227,7 +227,7 @@ BAD = [0, -1, -(2**63), 2**31, 2**63, 10**30, True, False, "2", 2.0, np.float32(
 def test_what_is_no_number_of_threads(bad, threads):
     threads(2)
     error = ValueError if type(bad) is int else TypeError
-    shown = str(bad) if isinstance(bad, np.generic) else repr(bad)
+    shown = str(bad) if isinstance(bad, np.floating) else repr(bad)
     message = re.escape(f"number of threads is {shown}; wanted an int n from 1 to ")
     with pytest.raises(error, match=message):
         threads(bad)
