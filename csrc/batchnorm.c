@@ -23,9 +23,6 @@ enum { PIECE = 32768, ROW_PIECE = 65536, MIN_ROWS = 128 };
  * and the sum repeated when the guess is 4 std off. */
 static const double extreme_f32 = 0x1p20, extreme_f64 = 16;
 
-static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
-static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
-
 /* ---- A call ------------------------------------------------------------------------------------------------------ */
 
 /* A view cut into pieces of its elements and tiles of its channels. */

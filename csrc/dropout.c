@@ -320,8 +320,6 @@ static void dropout_chunk(void *work, size_t chunk, void *scratch) {
     if (op->large) count_trial(stream, clock_ns() - start);
 }
 
-static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
-
 static int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
 
 static int64_t distance(struct dim d) { return magnitude(d.x) + magnitude(d.y); }
@@ -483,7 +481,7 @@ static void plan_rows(struct dropout *op, int ndim, struct dim *dims, bool fast)
         op->part = near && neighbours ? MASK_TILE : MASK_GROUP; /* a column of cache lines is used up before the next */
     if (op->num_inner > 1) {
         const size_t line = op->cut == 0 ? LINE_BYTES / op->size : 1; /* of elements that are next to each other */
-        op->part = op->whole * at_least((TILE_OF_DIMS + op->whole - 1) / op->whole, line);
+        op->part = op->whole * at_least(divide_up(TILE_OF_DIMS, op->whole), line);
     }
     if ((int64_t)op->part > op->row.length) op->part = (size_t)op->row.length;
     op->rows_per_chunk = CHUNK / op->part;

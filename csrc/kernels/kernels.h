@@ -7,6 +7,8 @@
 #include <stdint.h>
 
 static inline size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
+static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* A row of mask bits: word j holds elements 32 j .. 32 j + 31, least significant bit first, 1 = kept.
  * Generators make whole groups, the most that one vector of any instruction set holds, up to MASK_WORDS at once. */
