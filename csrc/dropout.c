@@ -162,21 +162,29 @@ static void count_trial(bool streaming, uint64_t ns) {
     atomic_fetch_add(&trials[streaming].chunks, 1);
 }
 
-static void copy_strided(size_t size, size_t n, const char *from, int64_t from_stride, char *to, int64_t to_stride) {
-    if (from_stride == (int64_t)size && to_stride == (int64_t)size) {
+/* n elements; those of the tile are next to each other more often than not: then only one address has to be kept. */
+static inline void copy_n(size_t size, size_t n, const char *from, int64_t from_stride, char *to, int64_t to_stride) {
+    for (size_t j = 0; j < n; j++) memcpy(to + (int64_t)j * to_stride, from + (int64_t)j * from_stride, size);
+}
+
+static inline void copy_sized(size_t size, size_t n, const char *from, int64_t from_stride, char *to,
+                              int64_t to_stride) {
+    const int64_t next = (int64_t)size;
+    if (to_stride == next && from_stride == next)
         memcpy(to, from, n * size);
-        return;
-    }
+    else if (to_stride == next)
+        copy_n(size, n, from, from_stride, to, next);
+    else if (from_stride == next)
+        copy_n(size, n, from, next, to, to_stride);
+    else
+        copy_n(size, n, from, from_stride, to, to_stride);
+}
+
+static void copy_strided(size_t size, size_t n, const char *from, int64_t from_stride, char *to, int64_t to_stride) {
     switch (size) {
-    case 2:
-        for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 2);
-        break;
-    case 4:
-        for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 4);
-        break;
-    default:
-        for (size_t j = 0; j < n; j++, from += from_stride, to += to_stride) memcpy(to, from, 8);
-        break;
+    case 2: copy_sized(2, n, from, from_stride, to, to_stride); break;
+    case 4: copy_sized(4, n, from, from_stride, to, to_stride); break;
+    default: copy_sized(8, n, from, from_stride, to, to_stride); break;
     }
 }
 
@@ -521,11 +529,12 @@ enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask 
     op.large =
         op.contiguous && op.what == DRAW && x != y && (uintptr_t)y % op.size == 0 && 2 * bytes > machine_cache_bytes();
 
+    /* The room behind a tile is for what the loop asks for ahead: other memory may not be there, and is looked for. */
+    const size_t tile_bytes = op.contiguous ? 0 : op.part * op.size + PREFETCH_BYTES + LINE_BYTES;
     const struct phase phase = {
         (size_t)((op.row.length + (int64_t)op.part - 1) / (int64_t)op.part) * op.chunks_per_part, dropout_chunk};
     const double ns = fast ? 0.2 : 1.0; /* an element, roughly: `./run bench roofline`, column core */
-    return parallel_run(&phase, 1, &op, op.contiguous ? 0 : op.part * op.size,
-                        ns * (double)count + 0.05 * (double)bytes);
+    return parallel_run(&phase, 1, &op, tile_bytes, ns * (double)count + 0.05 * (double)bytes);
 }
 
 /* ---- The mask alone ---------------------------------------------------------------------------------------------- */

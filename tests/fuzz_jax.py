@@ -169,6 +169,9 @@ def run_case(number, say=lambda *_: None):
     jax.clear_caches()
     try:
         mine, same, (x, k) = op(r, dtype)
+        if op is dropout and sum(name in ("vmap k", "vmap both") for name in names) > 1:
+            # What rbg draws for a batch of keys is not what it draws for each: the order of batching would show.
+            k = k if jax.random.key_impl(k) == "threefry2x32" else jax.random.key(r.randrange(2**31))
         say(op.__name__, "under", names, f"on {backend}, x64: {x64};", jax.tree.map(lambda a: a.aval, (x, k)))
         for name in names:
             state = r.getstate()

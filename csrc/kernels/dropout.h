@@ -7,9 +7,7 @@
 #include "stream.h"
 #include "vec.h"
 
-/* Cache lines, also those that will be written, are asked for this far ahead: while a tile's bits are made nothing else
- * is in flight, and the hardware's own prefetcher stops at page ends. */
-enum { PREFETCH_BYTES = 4096, LINE_BYTES = 64, WORD = 32 };
+enum { LINE_BYTES = 64, WORD = 32 };
 
 static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
     elem_t y = store(load(x) * scale);

@@ -14,6 +14,10 @@ static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
  * Generators make whole groups, the most that one vector of any instruction set holds, up to MASK_WORDS at once. */
 enum { MASK_GROUP = 512, MASK_TILE = 4096, MASK_WORDS = (MASK_TILE + MASK_GROUP) / 32 };
 
+/* dropout() asks for cache lines, also those that it will write, this far ahead: while a tile's bits are made nothing
+ * else is in flight, and the hardware's own prefetcher stops at page ends. */
+enum { PREFETCH_BYTES = 4096 };
+
 /* 32 bits of a row that starts `shift` bits into keep[]: word j of it. */
 static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
     return (uint32_t)(((uint64_t)keep[j + 1] << 32 | keep[j]) >> shift);
