@@ -2,6 +2,7 @@
  *
  * Bits: a piece is a function of the shape, and of x's strides; its columns add in order; pieces merge pairwise.  Which
  * thread does what, and whether a channel is finished before the next one starts, changes nothing. */
+#include "arith.h"
 #include "blocks.h"
 #include "dispatch.h"
 #include "machine.h"
@@ -10,6 +11,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 /* Lines of 7 x 7 are summed 1.5 times faster as rows of columns, which have no ends; but swept faster as lines, which
  * have one coefficient. */
@@ -496,17 +498,9 @@ static void tile_chunk(void *work, size_t chunk, void *memory) {
 
 static enum pyreg_status check(const struct pyreg_batchnorm *args, size_t *elements) {
     if ((unsigned)args->dtype >= PYREG_NUM_DTYPES) return PYREG_BAD_DTYPE;
-    if (args->ndim < 1 || args->ndim > PYREG_MAX_DIMS) return PYREG_BAD_SHAPE;
-    if (args->axis < 0 || args->axis >= args->ndim) return PYREG_BAD_AXIS;
-    int64_t count = 1;
-    bool empty = false;
-    for (int d = 0; d < args->ndim; d++) {
-        if (args->shape[d] < 0) return PYREG_BAD_SHAPE;
-        empty |= args->shape[d] == 0;
-        if (__builtin_mul_overflow(count, args->shape[d] ? args->shape[d] : 1, &count)) return PYREG_BAD_SHAPE;
-    }
-    *elements = empty ? 0 : (size_t)count;
-    return PYREG_OK;
+    if (args->ndim < 1) return PYREG_BAD_SHAPE;
+    const enum pyreg_status status = count_elements(args->ndim, args->shape, elements);
+    return !status && (args->axis < 0 || args->axis >= args->ndim) ? PYREG_BAD_AXIS : status;
 }
 
 /* Fills in bn's views and runs its phases.  Operands the sums read come first in `sums`, the sweep's in `swept`; ns: an
@@ -515,8 +509,8 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
                              size_t elements, double ns) {
     const struct pyreg_batchnorm *args = bn->args;
     struct view sums_view, apply_view; /* outside of bn, because they are long, and bn is cleared first */
-    view_init(&sums_view, args->ndim, args->shape, args->axis, sums, BN_X, bn->pass->sum ? LONG_LINE : SWEPT_LINE);
-    view_init(&apply_view, args->ndim, args->shape, args->axis, swept, BN_X, SWEPT_LINE);
+    view_init(&sums_view, args->ndim, args->shape, args->axis, sums, bn->pass->sum ? LONG_LINE : SWEPT_LINE);
+    view_init(&apply_view, args->ndim, args->shape, args->axis, swept, SWEPT_LINE);
     bn->sums = &sums_view;
     bn->apply = &apply_view;
     bn->kernels = dispatch_kernels(args->dtype);
@@ -539,11 +533,10 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     bn->partial = values + 5 * channels;
     bn->columns = at_least(tile_columns(bn->sums, &bn->sums_grid), tile_columns(bn->apply, &bn->apply_grid));
 
-    /* In bn->apply's operands.  Where no cache holds them, storing around it is quicker; where one does it takes up to
-     * 1.7 times as long: `./run bench scaling --stores`. */
+    /* In bn->apply's operands. */
     size_t bytes = 0;
     for (int k = 0; k < BN_OPERANDS; k++) bytes += elements * bn->apply->size[k];
-    bn->stream = bytes > machine_cache_bytes();
+    bn->stream = machine_stores_around(bytes);
 
     struct phase phases[3];
     size_t num = 0;
@@ -565,79 +558,71 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     return status;
 }
 
-static void fill_nan(const struct batchnorm *bn, void *p) {
-    for (int64_t c = 0; c < bn->args->shape[bn->args->axis]; c++) put(bn, p, (size_t)c, NAN);
+/* Of channels that have no elements. */
+static void fill(const struct batchnorm *bn, void *p, double v) {
+    const struct pyreg_batchnorm *args = bn->args;
+    for (size_t c = 0; p && c < (size_t)args->shape[args->axis]; c++) put(bn, p, c, v);
 }
 
-enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
-                                          const bool *mask, const int64_t *mask_strides, const void *residual,
-                                          const int64_t *residual_strides, void *y, const int64_t *y_strides,
-                                          void *mean, void *mean_low, void *var) {
+enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm_forward *args) {
     size_t elements;
-    enum pyreg_status status = check(args, &elements);
+    enum pyreg_status status = check(&args->common, &elements);
     if (status) return status;
-    struct batchnorm bn = {.pass = &forward, .args = args, .mean_out = mean, .mean_low_out = mean_low, .var_out = var};
+    struct batchnorm bn = {.pass = &forward,
+                           .args = &args->common,
+                           .mean_out = args->mean,
+                           .mean_low_out = args->mean_low,
+                           .var_out = args->var};
     if (elements == 0) { /* means of nothing */
-        fill_nan(&bn, mean);
-        if (mean_low) fill_nan(&bn, mean_low);
-        fill_nan(&bn, var);
+        fill(&bn, args->mean, NAN);
+        fill(&bn, args->mean_low, NAN);
+        fill(&bn, args->var, NAN);
         return PYREG_OK;
     }
-    const size_t size = dispatch_bytes(args->dtype);
-    const struct operand in = {x, x_strides, size, false};
-    const struct operand sums[BN_OPERANDS] = {[BN_X] = in, [BN_MASK] = {mask, mask_strides, 1, false}};
+    const size_t size = dispatch_bytes(args->common.dtype);
+    const struct operand sums[BN_OPERANDS] = {[BN_X] = {args->x, size, false}, [BN_MASK] = {args->mask, 1, false}};
     const struct operand swept[BN_OPERANDS] = {
-        [BN_X] = in, [BN_RESIDUAL] = {residual, residual_strides, size, false}, [BN_Y] = {y, y_strides, size, true}};
+        [BN_X] = {args->x, size, false}, [BN_RESIDUAL] = {args->residual, size, false}, [BN_Y] = {args->y, size, true}};
     return run(&bn, sums, swept, elements, 0.5);
 }
 
-enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
-                                            const void *mean, const void *var, const void *residual,
-                                            const int64_t *residual_strides, void *y, const int64_t *y_strides) {
+enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm_inference *args) {
     size_t elements;
-    enum pyreg_status status = check(args, &elements);
+    enum pyreg_status status = check(&args->common, &elements);
     if (status || elements == 0) return status;
-    struct batchnorm bn = {.pass = &inference, .args = args, .mean = mean, .var = var};
-    const size_t size = dispatch_bytes(args->dtype);
-    const struct operand swept[BN_OPERANDS] = {[BN_X] = {x, x_strides, size, false},
-                                               [BN_RESIDUAL] = {residual, residual_strides, size, false},
-                                               [BN_Y] = {y, y_strides, size, true}};
+    struct batchnorm bn = {.pass = &inference, .args = &args->common, .mean = args->mean, .var = args->var};
+    const size_t size = dispatch_bytes(args->common.dtype);
+    const struct operand swept[BN_OPERANDS] = {
+        [BN_X] = {args->x, size, false}, [BN_RESIDUAL] = {args->residual, size, false}, [BN_Y] = {args->y, size, true}};
     return run(&bn, swept, swept, elements, 0.3);
 }
 
-enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, const void *dy,
-                                           const int64_t *dy_strides, const void *x, const int64_t *x_strides,
-                                           const bool *mask, const int64_t *mask_strides, const void *y,
-                                           const int64_t *y_strides, const void *mean, const void *var,
-                                           const void *dmean, const void *dvar, void *dx, const int64_t *dx_strides,
-                                           void *dresidual, const int64_t *dresidual_strides, void *dscale,
-                                           void *dbias) {
+enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm_backward *args) {
     size_t elements;
-    enum pyreg_status status = check(args, &elements);
+    enum pyreg_status status = check(&args->common, &elements);
     if (status) return status;
     struct batchnorm bn = {.pass = &backward,
-                           .args = args,
-                           .mean = mean,
-                           .var = var,
-                           .dmean = dmean,
-                           .dvar = dvar,
-                           .dscale_out = dscale,
-                           .dbias_out = dbias};
+                           .args = &args->common,
+                           .mean = args->mean,
+                           .var = args->var,
+                           .dmean = args->dmean,
+                           .dvar = args->dvar,
+                           .dscale_out = args->dscale,
+                           .dbias_out = args->dbias};
     if (elements == 0) { /* sums of nothing */
-        for (int64_t c = 0; c < args->shape[args->axis]; c++) {
-            put(&bn, dscale, (size_t)c, 0);
-            put(&bn, dbias, (size_t)c, 0);
-        }
+        fill(&bn, args->dscale, 0);
+        fill(&bn, args->dbias, 0);
         return PYREG_OK;
     }
-    const size_t size = dispatch_bytes(args->dtype);
-    struct operand read[BN_OPERANDS] = {[BN_X] = {x, x_strides, size, false},
-                                        [BN_DY] = {dy, dy_strides, size, false},
-                                        [BN_MASK] = {mask, mask_strides, 1, false},
-                                        [BN_Y] = {args->relu ? y : NULL, y_strides, size, false}};
+    const size_t size = dispatch_bytes(args->common.dtype);
+    const struct pyreg_array none = {NULL, NULL};
+    const struct operand sums[BN_OPERANDS] = {[BN_X] = {args->x, size, false},
+                                              [BN_DY] = {args->dy, size, false},
+                                              [BN_MASK] = {args->mask, 1, false},
+                                              [BN_Y] = {args->common.relu ? args->y : none, size, false}};
     struct operand swept[BN_OPERANDS];
-    for (int k = 0; k < BN_OPERANDS; k++) swept[k] = read[k];
-    swept[BN_DX] = (struct operand){dx, dx_strides, size, true};
-    swept[BN_DRESIDUAL] = (struct operand){dresidual, dresidual_strides, size, true};
-    return run(&bn, read, swept, elements, 0.8);
+    memcpy(swept, sums, sizeof swept);
+    swept[BN_DX] = (struct operand){args->dx, size, true};
+    swept[BN_DRESIDUAL] = (struct operand){args->dresidual, size, true};
+    return run(&bn, sums, swept, elements, 0.8);
 }

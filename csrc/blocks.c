@@ -1,78 +1,73 @@
 #include "blocks.h"
 
-#include <string.h>
+#include "arith.h"
 
 /* ---- View -------------------------------------------------------------------------------------------------------- */
 
 /* Columns side by side of a line, and of a row of fewer elements than SHORT_ROW. */
 enum { LINE_PHASES = 32, ROW_PHASES = 32, SHORT_ROW = 16 };
 
-/* Inner dims of stride 0 repeat the same elements: they go outermost. */
-static ptrdiff_t rank(const struct view_dim *d, enum bn_operand first) {
-    return d->stride[first] ? d->stride[first] : PTRDIFF_MAX;
-}
-
-static bool one_dim(const struct view *v, const struct view_dim *out, const struct view_dim *in) {
-    for (int k = 0; k < BN_OPERANDS; k++)
-        if (v->size[k] && out->stride[k] != in->stride[k] * (ptrdiff_t)in->length) return false;
-    return true;
-}
+/* Dims of stride 0 repeat the same elements: they go outermost. */
+static int64_t reach(const struct dim *d) { return d->stride[BN_X] ? d->stride[BN_X] : INT64_MAX; }
 
 /* Are the elements of each row neighbours? */
 static bool is_rows(const struct view *v, enum bn_operand k, size_t channels, size_t inner) {
-    const ptrdiff_t size = (ptrdiff_t)v->size[k];
+    const int64_t size = (int64_t)v->size[k];
     if (inner > 1 && v->inner_dim.stride[k] != size) return false;
-    if (channels > 1 && v->channel_dim.stride[k] != (ptrdiff_t)inner * size) return false;
+    if (channels > 1 && v->channel_dim.stride[k] != (int64_t)inner * size) return false;
     if (v->line || v->phases == 1 || v->num_outer == 0) return true;
-    return v->outer_dim[v->num_outer - 1].stride[k] == (ptrdiff_t)(channels * inner) * size;
+    return v->outer_dim[v->num_outer - 1].stride[k] == (int64_t)(channels * inner) * size;
+}
+
+/* Turns a dim around, so that x's elements come upwards: their order is ours to choose. */
+static void reverse(struct view *v, struct dim *dim) {
+    for (int k = 0; k < BN_OPERANDS; k++) {
+        if (v->size[k]) v->data[k] += (int64_t)(dim->length - 1) * dim->stride[k];
+        dim->stride[k] = -dim->stride[k];
+    }
 }
 
 void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const struct operand *operands,
-               enum bn_operand first, size_t long_line) {
-    struct view_dim *dims = v->outer_dim; /* sorted first, merged in place after */
+               size_t long_line) {
+    struct dim *dims = v->outer_dim; /* sorted first, merged in place after */
     int num = 0;
     for (int k = 0; k < BN_OPERANDS; k++) {
-        v->size[k] = operands[k].data ? operands[k].size : 0;
+        v->data[k] = operands[k].array.data;
+        v->size[k] = v->data[k] ? operands[k].size : 0;
         v->output[k] = operands[k].output;
-        v->data[k] = (char *)(uintptr_t)operands[k].data;
     }
     v->channels = (size_t)shape[axis];
     for (int d = 0; d < ndim; d++) {
-        struct view_dim dim = {.length = (size_t)shape[d]};
-        for (int k = 0; k < BN_OPERANDS; k++) dim.stride[k] = v->size[k] ? (ptrdiff_t)operands[k].strides[d] : 0;
+        struct dim dim = {.length = (size_t)shape[d]};
+        for (int k = 0; k < BN_OPERANDS; k++) dim.stride[k] = v->size[k] ? operands[k].array.strides[d] : 0;
         if (d == axis) {
             v->channel_dim = dim;
-            continue;
+        } else if (dim.length > 1) {
+            if (dim.stride[BN_X] < 0) reverse(v, &dim);
+            num = insert_dim(dims, num, &dim, reach);
         }
-        if (dim.length == 1) continue;
-        if (dim.stride[first] < 0) /* the order of elements is ours to choose: upwards in the first operand */
-            for (int k = 0; k < BN_OPERANDS; k++) {
-                if (v->size[k]) v->data[k] += (ptrdiff_t)(dim.length - 1) * dim.stride[k];
-                dim.stride[k] = -dim.stride[k];
-            }
-        int at = num++;
-        for (; at > 0 && rank(&dims[at - 1], first) < rank(&dim, first); at--) dims[at] = dims[at - 1];
-        dims[at] = dim;
     }
 
-    ptrdiff_t channel_stride = v->channels == 1 ? PTRDIFF_MAX : v->channel_dim.stride[first];
+    int64_t channel_stride = v->channels == 1 ? INT64_MAX : v->channel_dim.stride[BN_X];
     if (channel_stride < 0) channel_stride = -channel_stride;
-    int inside = 0; /* first dim inside the channels */
-    while (inside < num && rank(&dims[inside], first) >= channel_stride) inside++;
-    v->num_outer = 0;
-    v->outer = 1;
-    for (int d = 0; d < num; d++) {
-        struct view_dim *last = v->num_outer ? &v->outer_dim[v->num_outer - 1] : NULL;
-        if (last && d != inside && one_dim(v, last, &dims[d])) {
-            dims[d].length *= last->length;
-            v->num_outer--;
-        }
-        v->outer_dim[v->num_outer++] = dims[d];
+    int outside = 0; /* dims outside the channels; these, and those inside, are merged among themselves */
+    while (outside < num && reach(&dims[outside]) >= channel_stride) outside++;
+    int merged = 0;
+    for (int d = 0; d < outside; d++) {
+        const struct dim dim = dims[d];
+        merged = append_dim(dims, merged, &dim);
     }
-    v->inner_dim = (struct view_dim){.length = 1};
-    if (inside < num) v->inner_dim = v->outer_dim[--v->num_outer];
+    int inner = 0;
+    for (int d = outside; d < num; d++) {
+        const struct dim dim = dims[d];
+        inner = append_dim(dims + merged, inner, &dim);
+    }
+    v->num_outer = merged + inner;
+    v->inner_dim = (struct dim){.length = 1};
+    if (inner) v->inner_dim = dims[--v->num_outer];
     v->inner = v->inner_dim.length;
-    for (int d = 0; d < v->num_outer; d++) v->outer *= v->outer_dim[d].length;
+    v->outer = 1;
+    for (int d = 0; d < v->num_outer; d++) v->outer *= dims[d].length;
     v->line = v->channels == 1 || v->inner >= long_line;
     v->phases = v->line ? LINE_PHASES : v->channels * v->inner < SHORT_ROW ? ROW_PHASES : 1;
     v->pack_bytes = 0;
@@ -85,43 +80,33 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
 }
 
 char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t channel, size_t inner) {
-    char *at = v->data[k] + (ptrdiff_t)channel * v->channel_dim.stride[k] + (ptrdiff_t)inner * v->inner_dim.stride[k];
-    for (int d = v->num_outer - 1; d >= 0; d--) {
-        at += (ptrdiff_t)(outer % v->outer_dim[d].length) * v->outer_dim[d].stride[k];
-        outer /= v->outer_dim[d].length;
-    }
-    return at;
+    int64_t at[BN_OPERANDS] = {0};
+    add_offsets(v->outer_dim, v->num_outer, outer, (int)k + 1, at);
+    return v->data[k] + at[k] + (int64_t)channel * v->channel_dim.stride[k] + (int64_t)inner * v->inner_dim.stride[k];
 }
 
 /* ---- Walk -------------------------------------------------------------------------------------------------------- */
 
-/* Copies (rows, channels, inner) elements of `size` bytes between a packed block and a strided array. */
-static void copy_block(char *packed, char *strided, size_t size, const size_t length[3], const ptrdiff_t stride[3],
-                       bool pack) {
-    for (size_t r = 0; r < length[0]; r++)
-        for (size_t c = 0; c < length[1]; c++) {
-            char *at = strided + (ptrdiff_t)r * stride[0] + (ptrdiff_t)c * stride[1];
-            for (size_t i = 0; i < length[2]; i++, packed += size, at += stride[2]) {
-                char *to = pack ? packed : at, *from = pack ? at : packed;
-                switch (size) { /* a constant size is one move */
-                case 1: memcpy(to, from, 1); break;
-                case 2: memcpy(to, from, 2); break;
-                case 4: memcpy(to, from, 4); break;
-                default: memcpy(to, from, 8); break;
-                }
-            }
-        }
-}
-
+/* Copies what a block has of an operand: into its packed form, or out of it. */
 static void copy_now(struct walk *w, enum bn_operand k, bool pack) {
     const struct view *v = w->view;
     const struct region *now = &w->now;
-    const size_t length[3] = {now->outer_end - now->outer, now->channel_end - now->channel,
-                              now->inner_end - now->inner};
-    const ptrdiff_t stride[3] = {v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] : 0, v->channel_dim.stride[k],
-                                 v->inner_dim.stride[k]};
-    copy_block(w->pack + v->pack_at[k], view_at(v, k, now->outer, now->channel, now->inner), v->size[k], length, stride,
-               pack);
+    const size_t lengths[] = {now->inner_end - now->inner, now->channel_end - now->channel,
+                              now->outer_end - now->outer};
+    const int64_t strides[] = {v->inner_dim.stride[k], v->channel_dim.stride[k],
+                               v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] : 0};
+    struct box box = {.size = v->size[k]};
+    int64_t packed = (int64_t)v->size[k];
+    for (int d = 0; d < 3; d++) {
+        if (lengths[d] == 1) continue; /* the innermost loop is to be long */
+        box.length[box.ndim] = lengths[d];
+        box.to_stride[box.ndim] = pack ? packed : strides[d];
+        box.from_stride[box.ndim++] = pack ? strides[d] : packed;
+        packed *= (int64_t)lengths[d];
+    }
+    if (box.ndim == 0) box.length[box.ndim++] = 1;
+    char *block = w->pack + v->pack_at[k], *array = view_at(v, k, now->outer, now->channel, now->inner);
+    copy_box(&box, pack ? block : array, pack ? array : block);
 }
 
 void walk_begin(struct walk *w, const struct view *v, struct region region, void *pack) {
@@ -176,7 +161,7 @@ bool walk_next(struct walk *w) {
             if (!v->output[k]) copy_now(w, (enum bn_operand)k, true);
             w->block.of[k] = (struct bn_rows){w->pack + v->pack_at[k], width};
         } else {
-            ptrdiff_t stride = v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] / (ptrdiff_t)v->size[k] : 0;
+            ptrdiff_t stride = v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] / (int64_t)v->size[k] : 0;
             w->block.of[k] =
                 (struct bn_rows){view_at(v, (enum bn_operand)k, w->now.outer, w->now.channel, w->now.inner), stride};
         }

@@ -3,15 +3,11 @@
 #define PYREG_BLOCKS_H
 
 #include "kernels/kernels.h"
-#include "pyreg.h"
+#include "strided.h"
 
-/* A dim keeps its length; its strides, in bytes, are per operand. */
-struct view_dim {
-    size_t length;
-    ptrdiff_t stride[BN_OPERANDS];
-};
+_Static_assert(BN_OPERANDS <= (int)MAX_OPERANDS, "a dim has a stride for each operand");
 
-/* Dims are sorted by the strides of the first operand and merged where they are one dim in all operands.  `inner` is
+/* Dims are sorted by x's strides and merged where they are one dim in all operands.  `inner` is
  * the innermost dim of stride smaller than the channels'; all other dims but the channels' are counted by `outer`. */
 struct view {
     size_t outer, channels, inner;
@@ -22,21 +18,19 @@ struct view {
     char *data[BN_OPERANDS];
     size_t pack_at[BN_OPERANDS], pack_bytes; /* memory that a walk wants: where an operand is packed; in all */
     int num_outer;
-    struct view_dim outer_dim[PYREG_MAX_DIMS], channel_dim, inner_dim;
+    struct dim outer_dim[PYREG_MAX_DIMS], channel_dim, inner_dim;
 };
 
-/* An argument: data NULL for none. */
 struct operand {
-    const void *data;
-    const int64_t *strides;
-    size_t size;
+    struct pyreg_array array;
+    size_t size; /* of an element */
     bool output;
 };
 
-/* operands: BN_OPERANDS of them; the order of dims is that of `first`.  An inner dim of long_line elements or more is
+/* operands: BN_OPERANDS of them; the order of dims is that of BN_X.  An inner dim of long_line elements or more is
  * taken as a line, a shorter one together with the other channels'. */
 void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const struct operand *operands,
-               enum bn_operand first, size_t long_line);
+               size_t long_line);
 
 /* A part of the view. */
 struct region {

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 namespace ffi = xla::ffi;
 
@@ -77,10 +78,20 @@ double number_at(const uint32_t *words) {
 
 constexpr char GENERATOR[] = "generator", RATE[] = "rate", AXIS[] = "axis", EPSILON[] = "epsilon", RELU[] = "relu";
 
-/* The handler that calls a function; its operands, results and attributes are those in the function's type. */
+/* The handler that calls a function; its operands, results and attributes are those in the function's type.  XLA's
+ * interface is C: what is thrown ends here, and that is std::bad_alloc, because an error's text takes memory. */
 template <auto function> XLA_FFI_Error *handler(XLA_FFI_CallFrame *frame) {
-    static const auto *bound = ffi::Ffi::BindTo(function).release(); /* never destroyed: XLA has threads at exit, too */
-    return bound->Call(frame);
+    try {
+        /* Never destroyed: XLA has threads at exit, too. */
+        static const auto *bound = ffi::Ffi::BindTo(function).release();
+        return bound->Call(frame);
+    } catch (...) {
+        XLA_FFI_Error_Create_Args error = {};
+        error.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+        error.message = pyreg_strerror(PYREG_NO_MEMORY);
+        error.errc = XLA_FFI_Error_Code_RESOURCE_EXHAUSTED;
+        return frame->api->XLA_FFI_Error_Create(&error);
+    }
 }
 
 template <auto function> pyreg_ffi_handler named(const char *name) {
@@ -90,12 +101,12 @@ template <auto function> pyreg_ffi_handler named(const char *name) {
 /* ---- Dropout ----------------------------------------------------------------------------------------------------- */
 
 /* Operands: x, y: (batch..., inner...).  keys: (batch..., 2), or bits: (batch..., bytes), a packed mask; numbers:
- * (batch..., NUMBERS).  These have 1 in place of a batch dim that shares what they say.  window: (3, inner dims): how many
- * parts as long as x's lie in front of it in each dim of the array that the mask is for; and the mask's shape there, low and
- * high words, 1 for a dim along which it is broadcast.
+ * (batch..., NUMBERS).  These have 1 in place of a batch dim that shares what they say.  window: (3, inner dims): how
+ * many parts as long as x's lie in front of it in each dim of the array that the mask is for; and the mask's shape
+ * there, low and high words, 1 for a dim along which it is broadcast.
  *
- * Version 1 has the rate as an attribute instead of numbers, and the window (2, inner dims) of int32: where x begins, and
- * the mask's shape. */
+ * Version 1 has the rate as an attribute instead of numbers, and the window (2, inner dims) of int32: where x begins,
+ * and the mask's shape. */
 
 using Words = ffi::Buffer<ffi::U32>;
 using Bytes = ffi::Buffer<ffi::U8>;
@@ -112,38 +123,31 @@ struct Window {
     int64_t elements = 1; /* of the mask */
 };
 
-/* The window that `start_of(d)` and `length_of(d)` tell; returns what is wrong, or NULL. */
-template <typename Start, typename Length>
-const char *set_window(Window *w, Dims dims, int64_t rows, Start start_of, Length length_of) {
-    if (dims.size() != 2 || dims[0] != rows || dims[1] > PYREG_MAX_DIMS) return "the window has another shape";
-    w->inner = static_cast<size_t>(dims[1]);
-    for (size_t d = w->inner; d-- > 0;) {
-        w->length[d] = length_of(d);
+/* Returns what is wrong with the window, or NULL.  x: its dims, for version 2; NULL: x is all of the array. */
+template <typename Buffer> const char *set_window(Window *w, Buffer window, const Dims *x = nullptr) {
+    constexpr bool is_v1 = std::is_same_v<Buffer, WindowV1>;
+    const Dims dims = window.dimensions();
+    if (dims.size() != 2 || dims[0] != (is_v1 ? 2 : 3) || dims[1] > PYREG_MAX_DIMS)
+        return "the window has another shape";
+    const size_t n = w->inner = static_cast<size_t>(dims[1]);
+    if (x && x->size() < n) return "x has fewer dims than the window";
+    const auto *words = window.typed_data();
+    for (size_t d = n; d-- > 0;) {
+        uint64_t start = static_cast<uint64_t>(words[d]);
+        if constexpr (is_v1) {
+            w->length[d] = words[n + d];
+        } else {
+            w->length[d] = static_cast<int64_t>(uint64_t{words[2 * n + d]} << 32 | words[n + d]);
+            start = x ? start * static_cast<uint64_t>(x->last(n)[d]) : 0;
+        }
         w->stride[d] = w->length[d] == 1 ? 0 : w->elements;
-        w->first += static_cast<uint64_t>(start_of(d)) * static_cast<uint64_t>(w->stride[d]);
+        w->first += start * static_cast<uint64_t>(w->stride[d]);
         if (w->length[d] < 0 || __builtin_mul_overflow(w->elements, std::max<int64_t>(w->length[d], 1), &w->elements))
             return "the mask's shape in the window is negative, or has 2^63 elements or more";
     }
-    for (size_t d = 0; d < w->inner; d++)
+    for (size_t d = 0; d < n; d++)
         if (w->length[d] == 0) w->elements = 0;
     return nullptr;
-}
-
-const char *set_window(Window *w, WindowV1 window) {
-    const int64_t n = window.dimensions().size() == 2 ? window.dimensions()[1] : 0;
-    const int32_t *p = window.typed_data();
-    return set_window(
-        w, window.dimensions(), 2, [=](size_t d) { return int64_t{p[d]}; },
-        [=](size_t d) { return int64_t{p[n + static_cast<int64_t>(d)]}; });
-}
-
-/* x_dims: of x's inner dims; NULL: x is all of the array. */
-const char *set_window(Window *w, Words window, const int64_t *x_dims) {
-    const size_t n = window.dimensions().size() == 2 ? static_cast<size_t>(window.dimensions()[1]) : 0;
-    const uint32_t *p = window.typed_data();
-    return set_window(
-        w, window.dimensions(), 3, [=](size_t d) { return x_dims ? p[d] * static_cast<uint64_t>(x_dims[d]) : 0; },
-        [=](size_t d) { return static_cast<int64_t>(uint64_t{p[2 * n + d]} << 32 | p[n + d]); });
 }
 
 /* An operand with a row for each part of x, but one for all along a dim of 1.  No operand: always row 0. */
@@ -171,11 +175,11 @@ struct Rows {
     }
 };
 
-/* One call of pyreg_dropout for each part of x with a mask of its own.  prepare(&mask, i, j): fills in what row i of `a`,
- * the key or the bits, and row j of `b`, the numbers, say; returns the scale. */
+/* One call of pyreg_dropout for each part of x with a mask of its own.  prepare(&mask, i, j): fills in what row i of
+ * `a`, the key or the bits, and row j of `b`, the numbers, say; returns the scale. */
 template <typename Prepare>
-ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, const Window &window, pyreg_mask mask,
-                        Prepare prepare) {
+ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, const Window &window,
+                        const pyreg_mask &mask, Prepare prepare) {
     const NoInterrupts guard;
     const Dims dims = x.dimensions();
     if (dtype_of(x) == PYREG_NUM_DTYPES) return error_of(PYREG_BAD_DTYPE);
@@ -200,13 +204,15 @@ ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, cons
             shape[ndim] = dims[d], x_strides[ndim] = strides[d];
             mask_strides[ndim++] = d < batch ? 0 : window.stride[d - batch];
         }
-    mask.offset = window.first;
+    struct pyreg_dropout args = {};
+    args.dtype = dtype_of(x), args.ndim = static_cast<int>(ndim), args.shape = shape;
+    args.mask = mask, args.mask.offset = window.first, args.mask_strides = mask_strides;
 
     int64_t index[PYREG_MAX_DIMS] = {0};
     for (int64_t x_at = 0, i = 0, j = 0;;) {
-        const double scale = prepare(&mask, i, j);
-        const pyreg_status status = pyreg_dropout(dtype_of(x), &mask, scale, static_cast<int>(ndim), shape, at(x, x_at),
-                                                  x_strides, at(y, x_at), x_strides, mask_strides);
+        args.scale = prepare(&args.mask, i, j);
+        args.x = {at(x, x_at), x_strides}, args.y = {at(y, x_at), x_strides};
+        const pyreg_status status = pyreg_dropout(&args);
         if (status != PYREG_OK) return error_of(status);
         size_t k = num_own;
         for (; k > 0; k--) { /* the next part */
@@ -274,7 +280,9 @@ double set_numbers(pyreg_mask *mask, Words numbers, int64_t j) {
 }
 
 pyreg_mask mask_of(int64_t generator, double rate = 0) {
-    return {static_cast<pyreg_generator>(generator), {0, 0}, rate, 0, nullptr, 0};
+    pyreg_mask mask = {};
+    mask.generator = static_cast<pyreg_generator>(generator), mask.rate = rate;
+    return mask;
 }
 
 ffi::Error dropout(ffi::AnyBuffer x, Words keys, Words numbers, Words window, ffi::Result<ffi::AnyBuffer> y,
@@ -282,9 +290,8 @@ ffi::Error dropout(ffi::AnyBuffer x, Words keys, Words numbers, Words window, ff
     if (!are_keys(keys) || !draws(*generator)) return refuse(NO_KEYS);
     if (!are_numbers(numbers)) return refuse(NO_NUMBERS);
     Window w;
-    const size_t inner = window.dimensions().size() == 2 ? static_cast<size_t>(window.dimensions()[1]) : 0;
-    if (inner > x.dimensions().size()) return refuse("x has fewer dims than the window");
-    if (const char *wrong = set_window(&w, window, x.dimensions().end() - inner)) return refuse(wrong);
+    const Dims x_dims = x.dimensions();
+    if (const char *wrong = set_window(&w, window, &x_dims)) return refuse(wrong);
     return dropout_each(x, *y, Rows(keys.dimensions()), Rows(numbers.dimensions()), w, mask_of(*generator),
                         [&](pyreg_mask *mask, int64_t i, int64_t j) {
                             set_key(mask, keys, i);
@@ -297,7 +304,7 @@ ffi::Error dropout_mask(Words keys, Words numbers, Words window, ffi::Result<Byt
     if (!are_keys(keys) || !draws(*generator)) return refuse(NO_KEYS);
     if (!are_numbers(numbers)) return refuse(NO_NUMBERS);
     Window w;
-    if (const char *wrong = set_window(&w, window, nullptr)) return refuse(wrong);
+    if (const char *wrong = set_window(&w, window)) return refuse(wrong);
     return mask_each(keys.dimensions(), Rows(numbers.dimensions()), w, bits, mask_of(*generator),
                      [&](pyreg_mask *mask, int64_t i, int64_t j) {
                          set_key(mask, keys, i);
@@ -309,7 +316,7 @@ ffi::Error dropout_packed(ffi::AnyBuffer x, Bytes bits, Words numbers, Words win
     if (bits.dimensions().size() == 0) return refuse(NO_BITS);
     if (!are_numbers(numbers)) return refuse(NO_NUMBERS);
     Window w;
-    if (const char *wrong = set_window(&w, window, nullptr)) return refuse(wrong);
+    if (const char *wrong = set_window(&w, window)) return refuse(wrong);
     return dropout_each(x, *y, Rows(bits.dimensions()), Rows(numbers.dimensions()), w, mask_of(PYREG_PACKED),
                         [&](pyreg_mask *mask, int64_t i, int64_t j) {
                             set_bits(mask, bits, i);
@@ -369,11 +376,11 @@ struct Problems {
     Dims shape{nullptr, 0};
     int64_t strides[PYREG_MAX_DIMS], mask_strides[PYREG_MAX_DIMS];
     int64_t count = 1, elements = 1, channels = 1;
-    pyreg_batchnorm args;
+    pyreg_batchnorm common = {}; /* epsilon: that of version 1 */
     const char *wrong = nullptr; /* what does not fit; then nothing else is to be used */
 
     /* statistic: an operand with a value per channel. */
-    Problems(ffi::AnyBuffer x, ffi::AnyBuffer statistic, int64_t axis, bool relu) : x(x) {
+    Problems(ffi::AnyBuffer x, ffi::AnyBuffer statistic, int64_t axis, bool relu, double epsilon = 0) : x(x) {
         const Dims dims = x.dimensions();
         batch = statistic.dimensions().size() - 1;
         if (dtype_of(x) == PYREG_NUM_DTYPES) {
@@ -388,9 +395,9 @@ struct Problems {
             set_strides(shape, 1, mask_strides);
             channels = shape[static_cast<size_t>(axis)];
             count = elements_of(dims.first(batch)), elements = elements_of(shape);
-            args = {
-                dtype_of(x), static_cast<int>(shape.size()), static_cast<int>(axis), shape.begin(), 0, relu, nullptr,
-                nullptr};
+            common.dtype = dtype_of(x), common.shape = shape.begin();
+            common.ndim = static_cast<int>(shape.size()), common.axis = static_cast<int>(axis);
+            common.epsilon = epsilon, common.relu = relu;
             check_values(statistic, false);
         }
     }
@@ -406,10 +413,12 @@ struct Problems {
     void check_epsilon(Words a) { check(false, has_row(a, EPSILON_WORDS)); }
 
     /* Operands of problem i; NULL if absent. */
-    char *array(ffi::AnyBuffer a, int64_t i) const { return of(a, i * elements); }
+    pyreg_array array(ffi::AnyBuffer a, int64_t i) const { return {of(a, i * elements), strides}; }
+    pyreg_array mask(Bools a, int64_t i) const {
+        return {is_absent(a) ? nullptr : a.typed_data() + i * elements, mask_strides};
+    }
     char *channel_values(ffi::AnyBuffer a, int64_t i) const { return of(a, i * channels); }
-    const bool *mask(Bools a, int64_t i) const { return is_absent(a) ? nullptr : a.typed_data() + i * elements; }
-    void set_epsilon(Words a, int64_t i) { args.epsilon = number_at(a.typed_data() + i * EPSILON_WORDS); }
+    static double epsilon(Words a, int64_t i) { return number_at(a.typed_data() + i * EPSILON_WORDS); }
 
   private:
     void check(bool absent, bool fits) {
@@ -429,47 +438,53 @@ struct Problems {
 using Array = ffi::AnyBuffer;
 using NewArray = ffi::Result<ffi::AnyBuffer>;
 
-/* mean_low: NULL in version 1.  set_epsilon(&problems, i). */
-template <typename SetEpsilon>
-ffi::Error forward_each(Problems &p, Array scale, Array bias, Bools mask, Array residual, Array y, Array mean,
-                        Array *mean_low, Array var, SetEpsilon set_epsilon) {
+/* epsilon, mean_low: NULL in version 1. */
+ffi::Error forward_each(Problems &&p, Array scale, Array bias, const Words *epsilon, Bools mask, Array residual,
+                        Array y, Array mean, const Array *mean_low, Array var) {
     const NoInterrupts guard;
     if (!p.wrong) {
         p.check_values(scale, true), p.check_values(bias, true), p.check_mask(mask), p.check_array(residual, true);
         p.check_array(y, true), p.check_values(var, false);
+        if (epsilon) p.check_epsilon(*epsilon);
         if (mean_low) p.check_values(*mean_low, false);
     }
     if (p.wrong) return refuse(p.wrong);
+    struct pyreg_batchnorm_forward args = {};
+    args.common = p.common;
     for (int64_t i = 0; i < p.count; i++) {
-        set_epsilon(&p, i);
-        p.args.scale = p.channel_values(scale, i), p.args.bias = p.channel_values(bias, i);
-        const pyreg_status status = pyreg_batchnorm_forward(
-            &p.args, p.array(p.x, i), p.strides, p.mask(mask, i), p.mask_strides, p.array(residual, i), p.strides,
-            p.array(y, i), p.strides, p.channel_values(mean, i), mean_low ? p.channel_values(*mean_low, i) : nullptr,
-            p.channel_values(var, i));
+        args.common.scale = p.channel_values(scale, i), args.common.bias = p.channel_values(bias, i);
+        if (epsilon) args.common.epsilon = p.epsilon(*epsilon, i);
+        args.x = p.array(p.x, i), args.mask = p.mask(mask, i), args.residual = p.array(residual, i);
+        args.y = p.array(y, i), args.mean = p.channel_values(mean, i), args.var = p.channel_values(var, i);
+        if (mean_low) args.mean_low = p.channel_values(*mean_low, i);
+        const pyreg_status status = pyreg_batchnorm_forward(&args);
         if (status != PYREG_OK) return error_of(status);
     }
     return ffi::Error::Success();
 }
 
-template <typename SetEpsilon>
-ffi::Error backward_each(Problems &p, Array dy, Array dmean, Array dvar, Array mean, Array var, Array scale, Bools mask,
-                         Array y, Array dx, Array dscale, Array dbias, Array dresidual, SetEpsilon set_epsilon) {
+ffi::Error backward_each(Problems &&p, Array dy, Array dmean, Array dvar, Array mean, Array var, Array scale,
+                         const Words *epsilon, Bools mask, Array y, Array dx, Array dscale, Array dbias,
+                         Array dresidual) {
     const NoInterrupts guard;
     if (!p.wrong) {
         p.check_array(dy, false), p.check_array(y, true), p.check_array(dx, false), p.check_array(dresidual, true);
         p.check_values(dmean, true), p.check_values(dvar, true), p.check_values(var, false);
         p.check_values(scale, true), p.check_values(dscale, false), p.check_values(dbias, false), p.check_mask(mask);
+        if (epsilon) p.check_epsilon(*epsilon);
     }
     if (p.wrong) return refuse(p.wrong);
+    struct pyreg_batchnorm_backward args = {};
+    args.common = p.common;
     for (int64_t i = 0; i < p.count; i++) {
-        set_epsilon(&p, i);
-        p.args.scale = p.channel_values(scale, i);
-        const pyreg_status status = pyreg_batchnorm_backward(
-            &p.args, p.array(dy, i), p.strides, p.array(p.x, i), p.strides, p.mask(mask, i), p.mask_strides,
-            p.array(y, i), p.strides, p.channel_values(mean, i), p.channel_values(var, i), p.channel_values(dmean, i),
-            p.channel_values(dvar, i), p.array(dx, i), p.strides, p.array(dresidual, i), p.strides,
-            p.channel_values(dscale, i), p.channel_values(dbias, i));
+        args.common.scale = p.channel_values(scale, i);
+        if (epsilon) args.common.epsilon = p.epsilon(*epsilon, i);
+        args.dy = p.array(dy, i), args.x = p.array(p.x, i), args.mask = p.mask(mask, i), args.y = p.array(y, i);
+        args.dx = p.array(dx, i), args.dresidual = p.array(dresidual, i);
+        args.mean = p.channel_values(mean, i), args.var = p.channel_values(var, i);
+        args.dmean = p.channel_values(dmean, i), args.dvar = p.channel_values(dvar, i);
+        args.dscale = p.channel_values(dscale, i), args.dbias = p.channel_values(dbias, i);
+        const pyreg_status status = pyreg_batchnorm_backward(&args);
         if (status != PYREG_OK) return error_of(status);
     }
     return ffi::Error::Success();
@@ -478,36 +493,29 @@ ffi::Error backward_each(Problems &p, Array dy, Array dmean, Array dvar, Array m
 ffi::Error batch_norm_forward(Array x, Array scale, Array bias, Words epsilon, Bools mask, Array residual, NewArray y,
                               NewArray mean, NewArray mean_low, NewArray var, ffi::Attr<int64_t, AXIS> axis,
                               ffi::Attr<bool, RELU> relu) {
-    Problems p(x, *mean, *axis, *relu);
-    if (!p.wrong) p.check_epsilon(epsilon);
-    Array low = *mean_low;
-    return forward_each(p, scale, bias, mask, residual, *y, *mean, &low, *var,
-                        [&](Problems *p, int64_t i) { p->set_epsilon(epsilon, i); });
+    const Array low = *mean_low;
+    return forward_each(Problems(x, *mean, *axis, *relu), scale, bias, &epsilon, mask, residual, *y, *mean, &low, *var);
 }
 
 ffi::Error batch_norm_backward(Array dy, Array dmean, Array dvar, Array x, Array mean, Array var, Array scale,
                                Words epsilon, Bools mask, Array y, NewArray dx, NewArray dscale, NewArray dbias,
                                NewArray dresidual, ffi::Attr<int64_t, AXIS> axis) {
-    Problems p(x, mean, *axis, !is_absent(y));
-    if (!p.wrong) p.check_epsilon(epsilon);
-    return backward_each(p, dy, dmean, dvar, mean, var, scale, mask, y, *dx, *dscale, *dbias, *dresidual,
-                         [&](Problems *p, int64_t i) { p->set_epsilon(epsilon, i); });
+    return backward_each(Problems(x, mean, *axis, !is_absent(y)), dy, dmean, dvar, mean, var, scale, &epsilon, mask, y,
+                         *dx, *dscale, *dbias, *dresidual);
 }
 
 ffi::Error batch_norm_forward_v1(Array x, Array scale, Array bias, Bools mask, Array residual, NewArray y,
                                  NewArray mean, NewArray var, ffi::Attr<int64_t, AXIS> axis,
                                  ffi::Attr<double, EPSILON> epsilon, ffi::Attr<bool, RELU> relu) {
-    Problems p(x, *mean, *axis, *relu);
-    return forward_each(p, scale, bias, mask, residual, *y, *mean, nullptr, *var,
-                        [&](Problems *p, int64_t) { p->args.epsilon = *epsilon; });
+    return forward_each(Problems(x, *mean, *axis, *relu, *epsilon), scale, bias, nullptr, mask, residual, *y, *mean,
+                        nullptr, *var);
 }
 
 ffi::Error batch_norm_backward_v1(Array dy, Array dmean, Array dvar, Array x, Array mean, Array var, Array scale,
                                   Bools mask, Array y, NewArray dx, NewArray dscale, NewArray dbias, NewArray dresidual,
                                   ffi::Attr<int64_t, AXIS> axis, ffi::Attr<double, EPSILON> epsilon) {
-    Problems p(x, mean, *axis, !is_absent(y));
-    return backward_each(p, dy, dmean, dvar, mean, var, scale, mask, y, *dx, *dscale, *dbias, *dresidual,
-                         [&](Problems *p, int64_t) { p->args.epsilon = *epsilon; });
+    return backward_each(Problems(x, mean, *axis, !is_absent(y), *epsilon), dy, dmean, dvar, mean, var, scale, nullptr,
+                         mask, y, *dx, *dscale, *dbias, *dresidual);
 }
 
 } // namespace

@@ -1,22 +1,14 @@
 /* Threads of our own, because OpenMP ends the process when one cannot be created, waits for ever in a forked child, and
  * makes a team for each thread that calls: XLA has many.  One pool serves all calls.  Each call's own thread works, and
  * would finish it alone; a helper that comes late, or never, is not waited for. */
-#define _GNU_SOURCE
 #include "parallel.h"
 
-#include "machine.h"
 #include "memory.h"
+#include "platform.h"
 #include "threads.h"
 
 #include <limits.h>
-#include <linux/futex.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 /* ---- Floating-point mode: helpers take the caller's (XLA flushes subnormals, NumPy does not) ------------------- */
 #if defined(__x86_64__)
@@ -51,7 +43,7 @@ struct call {
     size_t chunks; /* of all phases, counted on from one phase to the next */
     void *work;
     fp_mode mode;
-    pthread_t caller;
+    thread_t caller;
     struct call *outer; /* of the same thread, whose interrupt check called us */
     const struct threads *threads;
 
@@ -66,24 +58,17 @@ struct call {
     struct call *listed; /* the next of the calls in the list */
 };
 
-static pthread_key_t current; /* the call that this thread works on; for a key see threads.c */
-
-static void sleep_while(atomic_uint *word, unsigned value, const struct timespec *longest) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, longest, NULL, 0);
-}
-static void wake(atomic_uint *word, int threads) {
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0);
-}
+static own_t current; /* the call that this thread works on */
 
 /* ---- Interrupts -------------------------------------------------------------------------------------------------- */
 static bool (*_Atomic interrupt_check)(void);
-static pthread_key_t no_interrupts;
+static own_t no_interrupts;
 
 void pyreg_set_interrupt_check(bool (*check)(void)) { atomic_store(&interrupt_check, check); }
 
 bool pyreg_allow_interrupts(bool allow) {
-    bool before = !pthread_getspecific(no_interrupts);
-    pthread_setspecific(no_interrupts, allow ? NULL : &no_interrupts);
+    bool before = !own_get(no_interrupts);
+    own_set(no_interrupts, allow ? NULL : &no_interrupts);
     return before;
 }
 
@@ -91,25 +76,23 @@ static const uint64_t ask_every_ns = 50000000, never = UINT64_MAX;
 
 static bool stopped(struct call *call) {
     if (atomic_load_explicit(&call->stop, memory_order_relaxed)) return true;
-    if (!pthread_equal(call->caller, pthread_self()) || call->ask_at == never || clock_ns() < call->ask_at)
-        return false;
+    if (!thread_is_self(call->caller) || call->ask_at == never || clock_ns() < call->ask_at) return false;
     bool (*check)(void) = atomic_load_explicit(&interrupt_check, memory_order_relaxed);
     call->ask_at = never; /* the check may call us */
-    bool stop = check && !pthread_getspecific(no_interrupts) && check();
+    bool stop = check && !own_get(no_interrupts) && check();
     if (stop) atomic_store(&call->stop, true);
     call->ask_at = clock_ns() + ask_every_ns;
     return stop;
 }
 
 bool parallel_stop(void) {
-    struct call *call = pthread_getspecific(current);
+    struct call *call = own_get(current);
     return call && stopped(call);
 }
 
 /* ---- Work -------------------------------------------------------------------------------------------------------- */
 static void nap(struct call *call, unsigned turn) {
-    const struct timespec longest = {.tv_nsec = (long)ask_every_ns};
-    sleep_while(&call->turn, turn, &longest);
+    sleep_while(&call->turn, turn, ask_every_ns);
     stopped(call); /* the caller asks while it waits, too */
 }
 
@@ -135,8 +118,8 @@ static void work_on(struct call *call, void *scratch) {
 }
 
 /* ---- Helpers ----------------------------------------------------------------------------------------------------- */
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of all that follows, and held for moments only */
-static struct call *calls;                               /* that helpers may work on */
+static lock_t lock = LOCK_INITIALIZER; /* of all that follows, and held for moments only */
+static struct call *calls;             /* that helpers may work on */
 static int helpers, idle;
 static atomic_uint news; /* futex: changes when there is work for the idle */
 
@@ -164,106 +147,88 @@ static void give_scratch(struct call *call, void *scratch) {
 }
 
 static void *help(void *unused) {
-    cpu_set_t cpus; /* where this thread may run */
-    CPU_ZERO(&cpus);
-    pthread_mutex_lock(&lock);
+    struct cpus cpus = {{0}}; /* where this thread may run */
+    lock_take(&lock);
     for (;;) {
         struct call *call = calls;
         for (int working = at_work(); call && helpers_wanted(call, working) <= 0;) call = call->listed;
         if (!call) {
             unsigned seen = atomic_load(&news);
             idle++;
-            pthread_mutex_unlock(&lock);
-            sleep_while(&news, seen, NULL);
-            pthread_mutex_lock(&lock);
+            lock_give(&lock);
+            sleep_while(&news, seen, 0);
+            lock_take(&lock);
             idle--;
             continue;
         }
         call->helpers++;
         void *scratch = take_scratch(call);
-        pthread_mutex_unlock(&lock);
+        lock_give(&lock);
 
-        if (CPU_COUNT(&call->threads->cpus) && !CPU_EQUAL(&cpus, &call->threads->cpus)) {
+        if (cpus_count(&call->threads->cpus) && !cpus_equal(&cpus, &call->threads->cpus)) {
             cpus = call->threads->cpus;
-            sched_setaffinity(0, sizeof cpus, &cpus);
+            cpus_set_thread(&cpus);
         }
         fp_set(call->mode);
-        pthread_setspecific(current, call);
+        own_set(current, call);
         work_on(call, scratch);
-        pthread_setspecific(current, NULL);
+        own_set(current, NULL);
 
-        pthread_mutex_lock(&lock);
+        lock_take(&lock);
         give_scratch(call, scratch);
         if (--call->helpers == 0) {
             atomic_uint *turn = &call->turn;
             atomic_fetch_add(turn, 1);
-            pthread_mutex_unlock(&lock); /* now the call may be gone; to wake on its address does no harm */
+            lock_give(&lock); /* now the call may be gone; to wake on its address does no harm */
             wake(turn, 1);
-            pthread_mutex_lock(&lock);
+            lock_take(&lock);
         }
     }
     return unused;
 }
 
-/* Signals are for the threads that were there before, but those that a fault raises. */
-static bool start_helper(const cpu_set_t *cpus) {
-    sigset_t all, old;
-    sigfillset(&all);
-    for (const int *s = (const int[]){SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, 0}; *s; s++)
-        sigdelset(&all, *s);
-    pthread_attr_t detached;
-    pthread_t thread;
-    if (pthread_attr_init(&detached) != 0) return false;
-    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    bool started = pthread_create(&thread, &detached, help, NULL) == 0;
-    if (started && CPU_COUNT(cpus)) pthread_setaffinity_np(thread, sizeof *cpus, cpus); /* this one may be pinned */
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    pthread_attr_destroy(&detached);
-    helpers += started;
-    return started;
-}
-
 static void call_helpers(struct call *call) {
-    pthread_mutex_lock(&lock);
+    lock_take(&lock);
     call->listed = calls;
     calls = call;
     int wanted = helpers_wanted(call, at_work());
-    for (int missing = wanted - idle; missing > 0 && helpers < call->threads->useful - 1; missing--)
-        if (!start_helper(&call->threads->cpus)) break; /* so be it */
+    for (int missing = wanted - idle; missing > 0 && helpers < call->threads->useful - 1; missing--) {
+        if (!thread_start(help, &call->threads->cpus)) break; /* so be it */
+        helpers++;
+    }
     atomic_fetch_add(&news, 1);
-    pthread_mutex_unlock(&lock);
+    lock_give(&lock);
     if (wanted > 0) wake(&news, wanted);
 }
 
 /* Waits until no helper knows the call. */
 static void await_helpers(struct call *call) {
-    pthread_mutex_lock(&lock);
+    lock_take(&lock);
     while (call->helpers > 0) {
         unsigned turn = atomic_load(&call->turn);
-        pthread_mutex_unlock(&lock);
+        lock_give(&lock);
         nap(call, turn);
-        pthread_mutex_lock(&lock);
+        lock_take(&lock);
     }
-    pthread_mutex_unlock(&lock);
+    lock_give(&lock);
 }
 
 static void dismiss_helpers(struct call *call) {
     await_helpers(call);
-    pthread_mutex_lock(&lock);
+    lock_take(&lock);
     struct call **c = &calls;
     while (*c && *c != call) c = &(*c)->listed;
     if (*c) *c = call->listed;
     bool others = calls && idle; /* may find this thread's place */
     if (others) atomic_fetch_add(&news, 1);
-    pthread_mutex_unlock(&lock);
+    lock_give(&lock);
     if (others) wake(&news, 1);
 }
 
 /* ---- Forks: the child has the calling thread alone, and may be made by a signal handler in the middle of a call: then
  * no chunk may be half done by a helper that the child lacks. ------------------------------------------------------ */
 static void before_fork(void) {
-    for (struct call *c = pthread_getspecific(current); c; c = c->outer) {
+    for (struct call *c = own_get(current); c; c = c->outer) {
         atomic_store(&c->held, true);
         atomic_fetch_add(&c->turn, 1);
         wake(&c->turn, INT_MAX);
@@ -272,29 +237,29 @@ static void before_fork(void) {
 }
 
 static void resume(void) {
-    for (struct call *c = pthread_getspecific(current); c; c = c->outer) atomic_store(&c->held, false);
+    for (struct call *c = own_get(current); c; c = c->outer) atomic_store(&c->held, false);
 }
 
 static void in_parent(void) {
     resume();
-    if (!pthread_getspecific(current)) return;
-    pthread_mutex_lock(&lock);
+    if (!own_get(current)) return;
+    lock_take(&lock);
     atomic_fetch_add(&news, 1);
-    pthread_mutex_unlock(&lock);
+    lock_give(&lock);
     wake(&news, INT_MAX);
 }
 
 static void in_child(void) {
-    lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    lock = (lock_t)LOCK_INITIALIZER;
     calls = NULL;
     helpers = idle = 0;
     resume();
 }
 
-__attribute__((constructor)) static void at_load(void) {
-    pthread_key_create(&current, NULL);
-    pthread_key_create(&no_interrupts, NULL);
-    pthread_atfork(before_fork, in_parent, in_child);
+AT_LOAD static void at_load(void) {
+    own_init(&current);
+    own_init(&no_interrupts);
+    at_fork(before_fork, in_parent, in_child);
 }
 
 /* ---- Regions ----------------------------------------------------------------------------------------------------- */
@@ -323,16 +288,16 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
                         .work = work,
                         .mode = mode,
                         .threads = threads,
-                        .caller = pthread_self(),
-                        .outer = pthread_getspecific(current),
+                        .caller = thread_self(),
+                        .outer = own_get(current),
                         .ask_at = clock_ns() + ask_every_ns};
     for (size_t p = 0; p < num_phases; p++) call.chunks += phases[p].chunks;
     for (int t = 1; scratch && t < threads->count; t++) give_scratch(&call, scratch + (size_t)t * scratch_bytes);
-    pthread_setspecific(current, &call);
+    own_set(current, &call);
     if (threads->count > 1) call_helpers(&call);
     work_on(&call, scratch);
     if (threads->count > 1) dismiss_helpers(&call);
-    pthread_setspecific(current, call.outer);
+    own_set(current, call.outer);
     return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
 }
 

@@ -4,8 +4,8 @@
  *   - Arguments are checked before anything is written; the result is a status, PYREG_OK (0) or an error.
  *   - Results are a function of the arguments alone: the same bits for every thread count, instruction set,
  *     alignment, memory layout (but see batch-norm), and for in-place and fresh outputs.
- *   - Thread-safe: any number of threads may call at once.  The library keeps no state that changes a result: threads and
- *     the settings below, what it has read of the machine, and how long the first large dropouts took.
+ *   - Thread-safe: any number of threads may call at once.  The library keeps no state but its threads, the settings
+ *     below and what it has read of the machine; none of it changes a result.
  *   - 16 KB of stack are enough, in the calling thread and in others; scratch memory is allocated before anything is
  *     written.
  *   - The caller's floating-point mode (rounding, flush-to-zero) holds in every thread that helps, and is kept.
@@ -43,6 +43,12 @@ enum pyreg_dtype { PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16, PYREG_NUM_DTYPES
 
 enum { PYREG_MAX_DIMS = 64 };
 
+/* An operand of a function.  Inputs are not written.  data NULL: there is no such operand, and `strides` is not read. */
+struct pyreg_array {
+    void *data;             /* the first element */
+    const int64_t *strides; /* from an element to the next along each dim, in bytes */
+};
+
 /* ---- Masks ------------------------------------------------------------------------------------------------------
  * Whether element i is dropped is a function of (generator, key, rate, i) and of nothing else; i is a 64-bit index.
  *
@@ -72,14 +78,19 @@ struct pyreg_mask {
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------
  * y = kept ? x * scale : +0.  A dropped NaN or Inf becomes +0 too.  The backward pass is the same function on dy.
- *   scale:         that of pyreg_dropout_scale, and values equal Flax's bit for bit; or 1, the form of the 2014 paper.
- *   rate 0:        all is kept; with scale 1, which is its own, bits are unchanged.
- *   mask_strides:  in elements: the element at (j0, j1, ...) has index offset + sum j_d * mask_strides[d]; 0 where
- *                  the mask is broadcast; those of a larger array's shape where x is a part of it.  NULL: C order.
- */
-enum pyreg_status pyreg_dropout(enum pyreg_dtype dtype, const struct pyreg_mask *mask, double scale, int ndim,
-                                const int64_t *shape, const void *x, const int64_t *x_strides, void *y,
-                                const int64_t *y_strides, const int64_t *mask_strides);
+ * With rate 0 all is kept; with scale 1, which is that of rate 0, bits are then unchanged. */
+struct pyreg_dropout {
+    enum pyreg_dtype dtype;
+    int ndim;
+    const int64_t *shape;
+    struct pyreg_mask mask;
+    double scale; /* that of pyreg_dropout_scale: values equal Flax's bit for bit; or 1, the form of the 2014 paper */
+    struct pyreg_array x, y;
+    const int64_t *mask_strides; /* in elements: that at (j0, j1, ...) has index offset + sum j_d * mask_strides[d]; 0
+                                  * where the mask is broadcast; those of a larger array's shape where x is a part of
+                                  * it.  NULL: C order */
+};
+enum pyreg_status pyreg_dropout(const struct pyreg_dropout *args);
 
 /* 1 / (1 - rate), rounded as XLA rounds it for the dtype. */
 double pyreg_dropout_scale(enum pyreg_dtype dtype, double rate);
@@ -93,7 +104,8 @@ void pyreg_philox4x32_10(const uint32_t key[2], const uint32_t counter[4], uint3
 void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]);
 
 /* ---- Batch-norm --------------------------------------------------------------------------------------------------
- * x has `shape`; dim `axis` counts the channels; n elements a channel share a mean and a (biased) variance.
+ * x has `shape`; dim `axis` counts the channels; the n elements of a channel share a mean and a
+ * (biased) variance.
  *
  *   forward    y = (x - mean) * (scale / sqrt(var + epsilon)) + bias, mean and var those of x, or of x where mask is
  *              true
@@ -107,9 +119,9 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  *              the forward's output, dy counts where y > 0 and is 0 elsewhere; that is written to dresidual if not
  *              NULL.
  *
- * Types.    mean, var, scale, bias and their gradients: contiguous, a value a channel; float, or double with PYREG_F64.
- *           The arithmetic is that of their type, sums are in double, half types are rounded once, at the end.
- * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual: NULL; then their strides are not read.
+ * Types.    mean, var, scale, bias and their gradients: contiguous, a value per channel; float, or double with PYREG_F64.
+ *           mask: a bool (a byte, 0 or 1) per element.  The arithmetic is that of their type, sums are in double, half types are rounded once, at the end.
+ * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual, y of the backward without relu: NULL.
  *           y of the forward: NULL for mean and var alone.  mean_low: what the mean is more than `mean`; or NULL.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
@@ -129,20 +141,28 @@ struct pyreg_batchnorm {
     bool relu;
     const void *scale, *bias; /* backward does not read bias */
 };
-enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
-                                          const bool *mask, const int64_t *mask_strides, const void *residual,
-                                          const int64_t *residual_strides, void *y, const int64_t *y_strides,
-                                          void *mean, void *mean_low, void *var);
-enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm *args, const void *x, const int64_t *x_strides,
-                                            const void *mean, const void *var, const void *residual,
-                                            const int64_t *residual_strides, void *y, const int64_t *y_strides);
-enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm *args, const void *dy,
-                                           const int64_t *dy_strides, const void *x, const int64_t *x_strides,
-                                           const bool *mask, const int64_t *mask_strides, const void *y,
-                                           const int64_t *y_strides, const void *mean, const void *var,
-                                           const void *dmean, const void *dvar, void *dx, const int64_t *dx_strides,
-                                           void *dresidual, const int64_t *dresidual_strides, void *dscale,
-                                           void *dbias);
+
+struct pyreg_batchnorm_forward {
+    struct pyreg_batchnorm common;
+    struct pyreg_array x, mask, residual, y;
+    void *mean, *mean_low, *var; /* written */
+};
+enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm_forward *args);
+
+struct pyreg_batchnorm_inference {
+    struct pyreg_batchnorm common;
+    struct pyreg_array x, residual, y;
+    const void *mean, *var;
+};
+enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm_inference *args);
+
+struct pyreg_batchnorm_backward {
+    struct pyreg_batchnorm common;
+    struct pyreg_array dy, x, mask, y, dx, dresidual;
+    const void *mean, *var, *dmean, *dvar;
+    void *dscale, *dbias; /* written */
+};
+enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm_backward *args);
 
 /* ---- Threads ----------------------------------------------------------------------------------------------------
  * Number of threads of the next call from this thread: pyreg_use_threads(n) of this thread if n > 0, else
@@ -178,7 +198,7 @@ const char *pyreg_isa_available(int i);            /* i-th that this machine can
 const char *pyreg_compiler(void);
 int pyreg_openmp_version(void);         /* _OPENMP, year and month */
 const char *pyreg_openmp_library(void); /* file of the OpenMP runtime in use */
-size_t pyreg_cache_bytes(void);         /* last-level cache; larger working sets are written around it */
+size_t pyreg_cache_bytes(void); /* last-level cache, 8 MiB if unknown; larger working sets are written around it */
 
 #ifdef __cplusplus
 }

@@ -3,13 +3,12 @@
 #ifndef PYREG_THREADS_H
 #define PYREG_THREADS_H
 
-#include <sched.h>
-#include <stdbool.h>
+#include "platform.h"
 
 struct threads {
-    int count;      /* for one call */
-    int useful;     /* for all calls of the process together */
-    cpu_set_t cpus; /* where they may run; empty if the system does not say */
+    int count;        /* for one call */
+    int useful;       /* for all calls of the process together */
+    struct cpus cpus; /* where they may run; empty if the system does not say */
 };
 struct threads threads_for_call(void); /* from this thread */
 

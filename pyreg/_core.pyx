@@ -3,7 +3,6 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-cimport cython
 cimport numpy as cnp
 from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
@@ -14,105 +13,6 @@ from contextvars import ContextVar
 from os import register_at_fork
 
 cnp.import_array()
-
-
-cdef extern from "Python.h" nogil:
-    int PyErr_CheckSignals()
-    unsigned long PyThread_get_thread_ident()
-
-
-cdef extern from "numpy/arrayobject.h":  # not in Cython's own declarations
-    enum:
-        NPY_HALF
-    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
-
-
-cdef extern from "pyreg.h" nogil:
-    ctypedef bint c_bool "bool"
-    enum pyreg_status:
-        PYREG_OK
-        PYREG_NO_MEMORY
-        PYREG_INTERRUPTED
-    const char *pyreg_strerror(pyreg_status status)
-
-    enum pyreg_dtype:
-        PYREG_F32
-        PYREG_F64
-        PYREG_F16
-        PYREG_BF16
-
-    enum pyreg_generator:
-        PYREG_PHILOX
-        PYREG_THREEFRY
-        PYREG_THREEFRY_X64
-
-    struct pyreg_mask:
-        pyreg_generator generator
-        uint32_t key[2]
-        double rate
-        uint64_t offset
-
-    enum:
-        PYREG_MAX_DIMS
-
-    pyreg_status pyreg_dropout(
-        pyreg_dtype dtype, const pyreg_mask *mask, double scale, int ndim, const int64_t *shape, const void *x,
-        const int64_t *x_strides, void *y, const int64_t *y_strides, const int64_t *mask_strides)
-    double pyreg_dropout_scale(pyreg_dtype dtype, double rate)
-    pyreg_status pyreg_dropout_mask(const pyreg_mask *mask, size_t n, c_bool packed, uint8_t *out)
-
-    struct pyreg_batchnorm:
-        pyreg_dtype dtype
-        int ndim, axis
-        const int64_t *shape
-        double epsilon
-        c_bool relu
-        const void *scale
-        const void *bias
-
-    pyreg_status pyreg_batchnorm_forward(
-        const pyreg_batchnorm *args, const void *x, const int64_t *x_strides, const c_bool *mask,
-        const int64_t *mask_strides, const void *residual, const int64_t *residual_strides, void *y,
-        const int64_t *y_strides, void *mean, void *mean_low, void *var)
-    pyreg_status pyreg_batchnorm_inference(
-        const pyreg_batchnorm *args, const void *x, const int64_t *x_strides, const void *mean, const void *var,
-        const void *residual, const int64_t *residual_strides, void *y, const int64_t *y_strides)
-    pyreg_status pyreg_batchnorm_backward(
-        const pyreg_batchnorm *args, const void *dy, const int64_t *dy_strides, const void *x, const int64_t *x_strides,
-        const c_bool *mask, const int64_t *mask_strides, const void *y, const int64_t *y_strides, const void *mean,
-        const void *var, const void *dmean, const void *dvar, void *dx, const int64_t *dx_strides, void *dresidual,
-        const int64_t *dresidual_strides, void *dscale, void *dbias)
-
-    void pyreg_philox4x32_10(const uint32_t *key, const uint32_t *counter, uint32_t *out)
-    void pyreg_threefry2x32_20(const uint32_t *key, const uint32_t *counter, uint32_t *out)
-
-    int pyreg_get_num_threads()
-    void pyreg_set_num_threads(int n)
-    int pyreg_use_threads(int n)
-    void pyreg_unpinned()
-    void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
-
-    void pyreg_fail_allocation(long n)
-    double pyreg_parallel_from()
-    void pyreg_set_parallel_from(double ns)
-    void pyreg_set_cache_bytes(size_t bytes)
-
-    pyreg_status pyreg_init()
-    pyreg_status pyreg_use_isa(const char *name)
-    const char *pyreg_isa_name()
-    const char *pyreg_isa_available(int i)
-    const char *pyreg_compiler()
-    int pyreg_openmp_version()
-    const char *pyreg_openmp_library()
-    size_t pyreg_cache_bytes()
-
-
-cdef extern from "ffi.h" nogil:
-    struct pyreg_ffi_handler:
-        const char *name
-        void *handler
-    const pyreg_ffi_handler *pyreg_ffi_handlers
-    const int *pyreg_ffi_api
 
 
 F32, F64, F16, BF16 = PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16
@@ -157,17 +57,7 @@ cdef int use_asked_threads() except -1:
     return 0
 
 
-cdef pyreg_mask make_mask(int generator, uint64_t key, double rate, uint64_t offset) noexcept:
-    cdef pyreg_mask mask
-    mask.generator = <pyreg_generator>generator
-    mask.key[0] = <uint32_t>(key >> 32)
-    mask.key[1] = <uint32_t>key
-    mask.rate = rate
-    mask.offset = offset
-    return mask
-
-
-# ---- Arrays, fast: what _ops.py asks about every argument of every call -----------------------------------------------
+# ---- Arrays, fast: what _ops.py asks about every argument of every call ----------------------------------------------
 
 cdef int bfloat16_num = -1  # NumPy numbers the types of other packages as they are loaded
 
@@ -193,6 +83,20 @@ def dtype_code(x):
 
 def empty_like(cnp.ndarray x not None):
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+
+
+cdef inline pyreg_array array_of(cnp.ndarray a) noexcept:
+    """a as an operand of C; None: there is none."""
+    if a is None:
+        return pyreg_array(data=NULL, strides=NULL)
+    return pyreg_array(data=cnp.PyArray_DATA(a), strides=<const int64_t *>cnp.PyArray_STRIDES(a))
+
+
+def is_like(array, cnp.ndarray x not None):
+    """Whether array can be read as it is, as one of the shape and dtype of x."""
+    return (cnp.PyArray_CheckExact(array) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>array, x)
+            and cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.PyArray_TYPE(x)
+            and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>array))
 
 
 cdef bint fits(cnp.ndarray out, cnp.ndarray x):
@@ -294,30 +198,32 @@ def deliver(y, out):
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
 
+cdef pyreg_mask make_mask(int generator, uint64_t key, double rate, uint64_t offset) noexcept:
+    return pyreg_mask(generator=<pyreg_generator>generator, key=[<uint32_t>(key >> 32), <uint32_t>key], rate=rate,
+                      offset=offset)
+
+
 def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int generator, uint64_t key, double rate,
             uint64_t offset, bint scaled, mask_strides, scale=None):
     """y = dropout(x).  scale: of kept elements; None for that of the rate if scaled, else 1.
     mask_strides: a tuple of x.ndim ints, or None for C order."""
-    cdef pyreg_mask mask = make_mask(generator, key, rate, offset)
-    cdef double factor = 1
-    if scale is not None:
-        factor = scale
-    elif scaled:
-        factor = pyreg_dropout_scale(<pyreg_dtype>dtype, rate)
     cdef int64_t[PYREG_MAX_DIMS] strides
-    cdef int64_t *strides_or_null = NULL
     cdef int d
     cdef pyreg_status status
+    cdef dropout_arguments args = dropout_arguments(
+        dtype=<pyreg_dtype>dtype, ndim=cnp.PyArray_NDIM(x), shape=<const int64_t *>cnp.PyArray_DIMS(x),
+        mask=make_mask(generator, key, rate, offset), scale=1, x=array_of(x), y=array_of(y), mask_strides=NULL)
+    if scale is not None:
+        args.scale = scale
+    elif scaled:
+        args.scale = pyreg_dropout_scale(args.dtype, rate)
     if mask_strides is not None:
-        for d in range(x.ndim):
+        for d in range(args.ndim):
             strides[d] = mask_strides[d]
-        strides_or_null = strides
+        args.mask_strides = strides
     use_asked_threads()
     with nogil:
-        status = pyreg_dropout(
-            <pyreg_dtype>dtype, &mask, factor, cnp.PyArray_NDIM(x), <const int64_t *>cnp.PyArray_DIMS(x),
-            cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), cnp.PyArray_DATA(y),
-            <const int64_t *>cnp.PyArray_STRIDES(y), strides_or_null)
+        status = pyreg_dropout(&args)
     check(status)
 
 
@@ -339,26 +245,11 @@ def dropout_mask(size_t n, cnp.ndarray out not None, bint packed, int generator,
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
-cdef void *data(cnp.ndarray array) noexcept:
-    return NULL if array is None else cnp.PyArray_DATA(array)
-
-
-cdef const int64_t *strides(cnp.ndarray array) noexcept:
-    return NULL if array is None else <const int64_t *>cnp.PyArray_STRIDES(array)
-
-
 cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu,
                                     cnp.ndarray scale, cnp.ndarray bias) noexcept:
-    cdef pyreg_batchnorm args
-    args.dtype = <pyreg_dtype>dtype
-    args.ndim = cnp.PyArray_NDIM(x)
-    args.axis = axis
-    args.shape = <const int64_t *>cnp.PyArray_DIMS(x)
-    args.epsilon = epsilon
-    args.relu = relu
-    args.scale = data(scale)
-    args.bias = data(bias)
-    return args
+    return pyreg_batchnorm(
+        dtype=<pyreg_dtype>dtype, ndim=cnp.PyArray_NDIM(x), axis=axis, shape=<const int64_t *>cnp.PyArray_DIMS(x),
+        epsilon=epsilon, relu=relu, scale=array_of(scale).data, bias=array_of(bias).data)
 
 
 cdef cnp.ndarray statistics_like(int dtype, cnp.npy_intp channels):
@@ -367,19 +258,12 @@ cdef cnp.ndarray statistics_like(int dtype, cnp.npy_intp channels):
 
 
 def is_statistic(array, int dtype, cnp.npy_intp channels):
-    """Whether array can be read as a value a channel for data of this dtype."""
+    """Whether array can be read as a value per channel for data of this dtype."""
     if not cnp.PyArray_CheckExact(array):
         return False
     cdef cnp.ndarray a = array
     return (cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == channels and cnp.PyArray_ISCARRAY_RO(a)
             and cnp.PyArray_TYPE(a) == (cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT))
-
-
-def is_like(array, cnp.ndarray x not None):
-    """Whether array can be read as it is, as one of the shape and dtype of x."""
-    return (cnp.PyArray_CheckExact(array) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>array, x)
-            and cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.PyArray_TYPE(x)
-            and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>array))
 
 
 def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, cnp.ndarray scale,
@@ -388,19 +272,14 @@ def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint
     """y = batch_norm(x), mean_low = what its mean lacks; returns mean and var.  scale, bias, mask, residual: or None."""
     cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
-    cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
-    cdef void *mask_data = data(mask)
-    cdef void *residual_data = data(residual)
-    cdef void *mean_low_data = data(mean_low)
-    cdef const int64_t *mask_strides = strides(mask)
-    cdef const int64_t *residual_strides = strides(residual)
+    cdef forward_arguments args = forward_arguments(
+        common=make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias), x=array_of(x), mask=array_of(mask),
+        residual=array_of(residual), y=array_of(y), mean=array_of(mean).data, mean_low=array_of(mean_low).data,
+        var=array_of(var).data)
     cdef pyreg_status status
     use_asked_threads()
     with nogil:
-        status = pyreg_batchnorm_forward(
-            &args, cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), <const c_bool *>mask_data, mask_strides,
-            residual_data, residual_strides, cnp.PyArray_DATA(y), <const int64_t *>cnp.PyArray_STRIDES(y),
-            cnp.PyArray_DATA(mean), mean_low_data, cnp.PyArray_DATA(var))
+        status = pyreg_batchnorm_forward(&args)
     check(status)
     return mean, var
 
@@ -409,16 +288,13 @@ def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double eps
                          cnp.ndarray scale, cnp.ndarray bias, cnp.ndarray residual, cnp.ndarray mean not None,
                          cnp.ndarray var not None, cnp.ndarray y not None):
     """y = batch_norm_inference(x)."""
-    cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias)
-    cdef void *residual_data = data(residual)
-    cdef const int64_t *residual_strides = strides(residual)
+    cdef inference_arguments args = inference_arguments(
+        common=make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias), x=array_of(x), residual=array_of(residual),
+        y=array_of(y), mean=array_of(mean).data, var=array_of(var).data)
     cdef pyreg_status status
     use_asked_threads()
     with nogil:
-        status = pyreg_batchnorm_inference(
-            &args, cnp.PyArray_DATA(x), <const int64_t *>cnp.PyArray_STRIDES(x), cnp.PyArray_DATA(mean),
-            cnp.PyArray_DATA(var), residual_data, residual_strides, cnp.PyArray_DATA(y),
-            <const int64_t *>cnp.PyArray_STRIDES(y))
+        status = pyreg_batchnorm_inference(&args)
     check(status)
 
 
@@ -429,37 +305,17 @@ def batch_norm_backward(int dtype, cnp.ndarray dy not None, cnp.ndarray x not No
     """dx and dresidual (or None) = batch_norm_backward(dy, x); returns dscale and dbias.  y: None without relu."""
     cdef cnp.ndarray dscale = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray dbias = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
-    cdef pyreg_batchnorm args = make_batchnorm(dtype, x, axis, epsilon, relu, scale, None)
-    cdef void *mask_data = data(mask)
-    cdef void *y_data = data(y)
-    cdef void *dresidual_data = data(dresidual)
-    cdef void *dmean_data = data(dmean)
-    cdef void *dvar_data = data(dvar)
-    cdef const int64_t *mask_strides = strides(mask)
-    cdef const int64_t *y_strides = strides(y)
-    cdef const int64_t *dresidual_strides = strides(dresidual)
+    cdef backward_arguments args = backward_arguments(
+        common=make_batchnorm(dtype, x, axis, epsilon, relu, scale, None), dy=array_of(dy), x=array_of(x),
+        mask=array_of(mask), y=array_of(y), dx=array_of(dx), dresidual=array_of(dresidual), mean=array_of(mean).data,
+        var=array_of(var).data, dmean=array_of(dmean).data, dvar=array_of(dvar).data, dscale=array_of(dscale).data,
+        dbias=array_of(dbias).data)
     cdef pyreg_status status
     use_asked_threads()
     with nogil:
-        status = pyreg_batchnorm_backward(
-            &args, cnp.PyArray_DATA(dy), <const int64_t *>cnp.PyArray_STRIDES(dy), cnp.PyArray_DATA(x),
-            <const int64_t *>cnp.PyArray_STRIDES(x), <const c_bool *>mask_data, mask_strides, y_data, y_strides,
-            cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var), dmean_data, dvar_data, cnp.PyArray_DATA(dx),
-            <const int64_t *>cnp.PyArray_STRIDES(dx), dresidual_data, dresidual_strides, cnp.PyArray_DATA(dscale),
-            cnp.PyArray_DATA(dbias))
+        status = pyreg_batchnorm_backward(&args)
     check(status)
     return dscale, dbias
-
-
-def fail_allocation(long n):
-    """The n-th allocation of scratch memory from now fails, once: for tests.  0: none does."""
-    pyreg_fail_allocation(n)
-
-
-def set_gears(double parallel_from=-1, size_t cache_bytes=0):
-    """Where calls change gear: nanoseconds of work that is shared, bytes that stores go around.  For benchmarks."""
-    pyreg_set_parallel_from(parallel_from)
-    pyreg_set_cache_bytes(cache_bytes)
 
 
 # ---- Generators ------------------------------------------------------------------------------------------------------
@@ -476,6 +332,19 @@ def random_block(int generator, key, counter):
     c[0], c[1] = counter
     pyreg_threefry2x32_20(k, c, out)
     return out[0], out[1]
+
+
+# ---- Tests and benchmarks --------------------------------------------------------------------------------------------
+
+def fail_allocation(long n):
+    """The n-th allocation of scratch memory from now fails, once: for tests.  0: none does."""
+    pyreg_fail_allocation(n)
+
+
+def set_gears(double parallel_from=-1, size_t cache_bytes=0):
+    """Where calls change gear: nanoseconds of work that is shared, bytes that stores go around.  For benchmarks."""
+    pyreg_set_parallel_from(parallel_from)
+    pyreg_set_cache_bytes(cache_bytes)
 
 
 # ---- Threads and build -----------------------------------------------------------------------------------------------

@@ -6,17 +6,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-static inline size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
-static inline size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
-static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
-
 /* A row of mask bits: word j holds elements 32 j .. 32 j + 31, least significant bit first, 1 = kept.
  * Generators make whole groups, the most that one vector of any instruction set holds, up to MASK_WORDS at once. */
 enum { MASK_GROUP = 512, MASK_TILE = 4096, MASK_WORDS = (MASK_TILE + MASK_GROUP) / 32 };
 
 /* dropout() asks for cache lines, also those that it will write, this far ahead: while a tile's bits are made nothing
  * else is in flight, and the hardware's own prefetcher stops at page ends. */
-enum { PREFETCH_BYTES = 4096 };
+enum { PREFETCH_BYTES = 4096, LINE_BYTES = 64 };
 
 /* 32 bits of a row that starts `shift` bits into keep[]: word j of it. */
 static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
@@ -34,7 +30,7 @@ struct draw {
     size_t num_bytes;
 };
 
-/* Loops that make mask bits: one table an ISA.  `first` is the index of word 0's element 0 divided by 32; `words` is a
+/* Loops that make mask bits: one table per instruction set.  `first` is the index of word 0's element 0 divided by 32; `words` is a
  * multiple of MASK_GROUP / 32; keep[] is aligned to 64 bytes. */
 struct mask_kernels {
     void (*prepare)(struct draw *draw); /* fills in the fields below `limit` */
@@ -48,7 +44,17 @@ struct mask_kernels {
 
 /* ---- Batch-norm: a block of rows, what the loops work on ----------------------------------------------------------
  * A row has `lines` lines of `length` neighbouring elements; element j of line l belongs to column l * period + j %
- * period. A channel owns one or several columns.  What is summed is an array of doubles, one a column. */
+ * period, and a channel owns one or several columns.  What is summed is an array of doubles, one per column.
+ *
+ *   Channels last (NHWC): a column per channel;         Channels first (NCHW): a line per channel, here of 10 elements,
+ *   here rows of 4 channels, lines 1, period 4.         which 4 columns take in turn: lines 2, period 4.
+ *
+ *            column 0 1 2 3                                      channel c               channel c + 1
+ *     row 0         a b c d                              row 0   0 1 2 3 0 1 2 3 0 1     4 5 6 7 4 5 6 7 4 5
+ *     row 1         a b c d                              row 1   0 1 2 3 0 1 2 3 0 1     4 5 6 7 4 5 6 7 4 5
+ *     row 2         a b c d      (letters: channels)                           (numbers: columns)
+ *
+ * So neighbouring elements always belong to different columns, and these are the lanes of vectors. */
 enum bn_operand { BN_X, BN_Y, BN_RESIDUAL, BN_DY, BN_DX, BN_DRESIDUAL, BN_MASK, BN_OPERANDS };
 
 struct bn_rows {
@@ -58,8 +64,8 @@ struct bn_rows {
 
 struct bn_block {
     size_t rows, lines, length, period; /* lines > 1 only if each is one channel's */
-    struct bn_rows of[BN_OPERANDS];     /* a byte an element in the mask, the table's dtype in the others */
-    bool channel_lines;                 /* a coefficient a line; else a coefficient a column */
+    struct bn_rows of[BN_OPERANDS];     /* a byte per element in the mask, the table's dtype in the others */
+    bool channel_lines;                 /* a coefficient per line; else one per column */
     bool relu;
     bool stream; /* write around the cache */
 };
@@ -73,7 +79,7 @@ struct bn_coefficients {
     void *narrow;                                 /* memory for the loops: BN_NARROW floats or doubles */
 };
 
-/* Loops over elements: one table an ISA and dtype.  x and y are arrays of that dtype. */
+/* Loops over elements: one table per instruction set and dtype.  x and y are arrays of that dtype. */
 struct kernels {
     /* y[j] = bit `shift + j` of keep ? x[j] * scale : 0, for j < n.  Reads at most one word past the last bit.
      * stream: write around the cache; y is then aligned to 64 bytes.  x may be y. */

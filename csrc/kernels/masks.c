@@ -63,20 +63,7 @@ struct ties {
 };
 
 static inline void collect(struct ties *ties, vec32 equal, uint32_t word) {
-#if defined(__AVX512F__)
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __mmask16 some = _mm512_test_epi32_mask((__m512i)equal, (__m512i)equal);
-    __m512i words = _mm512_add_epi32(lane, _mm512_set1_epi32((int)word));
-    _mm512_storeu_si512(ties->word + ties->count, _mm512_maskz_compress_epi32(some, words));
-    _mm512_storeu_si512(ties->element + ties->count, _mm512_maskz_compress_epi32(some, (__m512i)equal));
-    ties->count += (size_t)__builtin_popcount(some);
-#else
-    for (uint32_t j = 0; j < LANES32; j++) { /* no branch: which words tie cannot be predicted */
-        ties->word[ties->count] = word + j;
-        ties->element[ties->count] = equal[j];
-        ties->count += equal[j] != 0;
-    }
-#endif
+    ties->count += compress_pairs(ties->word + ties->count, lane_numbers() + word, ties->element + ties->count, equal);
 }
 
 /* Digits 16 and on, one word at a time: wanted once in 256 words of 32 elements that tie, themselves one in nine. */
@@ -192,4 +179,11 @@ static void threefry_block(const uint32_t key[2], const uint32_t counter[2], uin
 
 #define TABLE2(isa) pyreg_masks_##isa
 #define TABLE(isa) TABLE2(isa)
-const struct mask_kernels TABLE(PYREG_ISA) = {prepare, philox, threefry, threefry_x64, philox_block, threefry_block};
+const struct mask_kernels TABLE(PYREG_ISA) = {
+    .prepare = prepare,
+    .philox = philox,
+    .threefry = threefry,
+    .threefry_x64 = threefry_x64,
+    .philox_block = philox_block,
+    .threefry_block = threefry_block,
+};

@@ -3,6 +3,7 @@
 #ifndef PYREG_VEC_H
 #define PYREG_VEC_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -127,6 +128,25 @@ static inline uint32_t less_bits(vec32 a, vec32 b) {
     uint32_t bits = 0;
     for (int j = 0; j < LANES32; j++) bits |= (uint32_t)(a[j] < b[j]) << j;
     return bits;
+#endif
+}
+
+/* Stores the lanes of a and b where b is not 0, one behind the other, and returns how many they are; what is stored
+ * behind them, LANES32 in all, is of no meaning. */
+static inline size_t compress_pairs(uint32_t *a_to, vec32 a, uint32_t *b_to, vec32 b) {
+#if defined(__AVX512F__)
+    const __mmask16 some = _mm512_test_epi32_mask((__m512i)b, (__m512i)b);
+    _mm512_storeu_si512(a_to, _mm512_maskz_compress_epi32(some, (__m512i)a));
+    _mm512_storeu_si512(b_to, _mm512_maskz_compress_epi32(some, (__m512i)b));
+    return (size_t)__builtin_popcount(some);
+#else
+    size_t n = 0;
+    for (int j = 0; j < LANES32; j++) { /* no branch: which lanes are 0 cannot be predicted */
+        a_to[n] = a[j];
+        b_to[n] = b[j];
+        n += b[j] != 0;
+    }
+    return n;
 #endif
 }
 

@@ -20,23 +20,56 @@ static struct results {
     uint8_t bits[N];
 } want, got, untouched;
 
+static const struct pyreg_mask random_mask = {.generator = PYREG_THREEFRY, .key = {1, 2}, .rate = 0.3, .offset = 7};
+
+static enum pyreg_status dropout(const int64_t *strides, float *y, const int64_t *mask_strides) {
+    return pyreg_dropout(&(struct pyreg_dropout){
+        .dtype = PYREG_F32,
+        .ndim = 2,
+        .shape = shape,
+        .mask = random_mask,
+        .scale = pyreg_dropout_scale(PYREG_F32, random_mask.rate),
+        .x = {x, strides},
+        .y = {y, strides},
+        .mask_strides = mask_strides,
+    });
+}
+
 static enum pyreg_status call(int op, struct results *r) {
-    const struct pyreg_batchnorm args = {PYREG_F32, 2, 1, shape, 1e-5, false, NULL, NULL};
-    const struct pyreg_mask random = {PYREG_THREEFRY, {1, 2}, 0.3, 7, NULL, 0};
+    const struct pyreg_batchnorm common = {.dtype = PYREG_F32, .ndim = 2, .axis = 1, .shape = shape, .epsilon = 1e-5};
     switch (op) {
-    case 0:
-        return pyreg_dropout(PYREG_F32, &random, pyreg_dropout_scale(PYREG_F32, random.rate), 2, shape, x, columns,
-                             r->y, columns, NULL);
-    case 1:
-        return pyreg_dropout(PYREG_F32, &random, pyreg_dropout_scale(PYREG_F32, random.rate), 2, shape, x, rows, r->y,
-                             rows, shared);
-    case 2: return pyreg_dropout_mask(&random, N, true, r->bits);
+    case 0: return dropout(columns, r->y, NULL);
+    case 1: return dropout(rows, r->y, shared);
+    case 2: return pyreg_dropout_mask(&random_mask, N, true, r->bits);
     case 3:
-        return pyreg_batchnorm_forward(&args, x, rows, mask, mask_rows, NULL, NULL, r->y, rows, r->mean, NULL, r->var);
-    case 4: return pyreg_batchnorm_inference(&args, x, columns, given, given, dy, columns, r->y, columns);
+        return pyreg_batchnorm_forward(&(struct pyreg_batchnorm_forward){
+            .common = common,
+            .x = {x, rows},
+            .mask = {mask, mask_rows},
+            .y = {r->y, rows},
+            .mean = r->mean,
+            .var = r->var,
+        });
+    case 4:
+        return pyreg_batchnorm_inference(&(struct pyreg_batchnorm_inference){
+            .common = common,
+            .x = {x, columns},
+            .residual = {dy, columns},
+            .y = {r->y, columns},
+            .mean = given,
+            .var = given,
+        });
     default:
-        return pyreg_batchnorm_backward(&args, dy, rows, x, rows, NULL, NULL, NULL, NULL, given, given, NULL, NULL,
-                                        r->dx, rows, NULL, NULL, r->dscale, r->dbias);
+        return pyreg_batchnorm_backward(&(struct pyreg_batchnorm_backward){
+            .common = common,
+            .dy = {dy, rows},
+            .x = {x, rows},
+            .dx = {r->dx, rows},
+            .mean = given,
+            .var = given,
+            .dscale = r->dscale,
+            .dbias = r->dbias,
+        });
     }
 }
 

@@ -71,16 +71,40 @@ static void run(enum pyreg_dtype dtype, int64_t n, int64_t channels, int64_t inn
 
     for (int option = 0; option < 4; option++) {
         const bool relu = option & 1, masked = option & 2;
-        const struct pyreg_batchnorm args = {
-            dtype, 3, 1, shape, 1e-5, relu, option ? scale : NULL, option ? bias : NULL};
-        enum pyreg_status status =
-            pyreg_batchnorm_forward(&args, x, strides, masked ? mask : NULL, mask_strides, relu ? residual : NULL,
-                                    strides, y, strides, mean, NULL, var);
-        expect(status == PYREG_OK, "forward", n, channels, inner);
-        status = pyreg_batchnorm_backward(&args, dy, strides, x, strides, masked ? mask : NULL, mask_strides, y,
-                                          strides, mean, var, NULL, NULL, dx, strides, relu ? dresidual : NULL, strides,
-                                          dscale, dbias);
-        expect(status == PYREG_OK, "backward", n, channels, inner);
+        const struct pyreg_batchnorm common = {
+            .dtype = dtype,
+            .ndim = 3,
+            .axis = 1,
+            .shape = shape,
+            .epsilon = 1e-5,
+            .relu = relu,
+            .scale = option ? scale : NULL,
+            .bias = option ? bias : NULL,
+        };
+        const struct pyreg_batchnorm_forward forward = {
+            .common = common,
+            .x = {x, strides},
+            .mask = {masked ? mask : NULL, mask_strides},
+            .residual = {relu ? residual : NULL, strides},
+            .y = {y, strides},
+            .mean = mean,
+            .var = var,
+        };
+        expect(pyreg_batchnorm_forward(&forward) == PYREG_OK, "forward", n, channels, inner);
+        const struct pyreg_batchnorm_backward backward = {
+            .common = common,
+            .dy = {dy, strides},
+            .x = forward.x,
+            .mask = forward.mask,
+            .y = forward.y,
+            .dx = {dx, strides},
+            .dresidual = {relu ? dresidual : NULL, strides},
+            .mean = mean,
+            .var = var,
+            .dscale = dscale,
+            .dbias = dbias,
+        };
+        expect(pyreg_batchnorm_backward(&backward) == PYREG_OK, "backward", n, channels, inner);
         for (int64_t c = 0; option == 0 && size >= 4 && n * inner > 0 && c < channels; c++) {
             double sum = 0, square = 0;
             for (int64_t i = 0; i < n; i++)
@@ -93,8 +117,9 @@ static void run(enum pyreg_dtype dtype, int64_t n, int64_t channels, int64_t inn
             expect(fabs(value(dtype, mean, (size_t)c) - m) < 1e-6, "mean", n, channels, inner);
             expect(fabs(value(dtype, var, (size_t)c) - s) < 1e-6, "var", n, channels, inner);
         }
-        status = pyreg_batchnorm_inference(&args, x, strides, mean, var, relu ? residual : NULL, strides, x, strides);
-        expect(status == PYREG_OK, "inference", n, channels, inner);
+        const struct pyreg_batchnorm_inference inference = {
+            .common = common, .x = forward.x, .residual = forward.residual, .y = forward.x, .mean = mean, .var = var};
+        expect(pyreg_batchnorm_inference(&inference) == PYREG_OK, "inference", n, channels, inner);
     }
     void *all[] = {x, dy, residual, y, dx, dresidual, scale, bias, mean, var, dscale, dbias, mask};
     for (size_t k = 0; k < sizeof all / sizeof all[0]; k++) free(all[k]);
@@ -103,26 +128,19 @@ static void run(enum pyreg_dtype dtype, int64_t n, int64_t channels, int64_t inn
 static void errors(void) {
     float one[4] = {1, 2, 3, 4};
     const int64_t shape[2] = {2, 2}, negative[2] = {2, -1}, huge[2] = {INT64_MAX, 4}, strides[2] = {8, 4};
-    struct pyreg_batchnorm args = {PYREG_F32, 2, 1, shape, 1e-5, false, NULL, NULL};
-#define STATUS() pyreg_batchnorm_forward(&args, one, strides, NULL, NULL, NULL, NULL, one, strides, one, NULL, one)
-    args.axis = 2;
-    expect(STATUS() == PYREG_BAD_AXIS, "axis", 0, 0, 0);
-    args.axis = -1;
-    expect(STATUS() == PYREG_BAD_AXIS, "axis", 0, 0, 0);
-    args.axis = 1;
-    args.ndim = 0;
-    expect(STATUS() == PYREG_BAD_SHAPE, "ndim", 0, 0, 0);
-    args.ndim = 2;
-    args.shape = negative;
-    expect(STATUS() == PYREG_BAD_SHAPE, "negative", 0, 0, 0);
-    args.shape = huge;
-    expect(STATUS() == PYREG_BAD_SHAPE, "huge", 0, 0, 0);
-    args.shape = shape;
-    args.dtype = PYREG_NUM_DTYPES;
-    expect(STATUS() == PYREG_BAD_DTYPE, "dtype", 0, 0, 0);
-    args.dtype = PYREG_F32;
+    struct pyreg_batchnorm_forward args = {.x = {one, strides}, .y = {one, strides}, .mean = one, .var = one};
+    const struct pyreg_batchnorm good = {.dtype = PYREG_F32, .ndim = 2, .axis = 1, .shape = shape, .epsilon = 1e-5};
+#define EXPECT(member, value, status)                                                                                  \
+    args.common = good, args.common.member = value;                                                                    \
+    expect(pyreg_batchnorm_forward(&args) == status, #member, 0, 0, 0)
+    EXPECT(axis, 2, PYREG_BAD_AXIS);
+    EXPECT(axis, -1, PYREG_BAD_AXIS);
+    EXPECT(ndim, 0, PYREG_BAD_SHAPE);
+    EXPECT(shape, negative, PYREG_BAD_SHAPE);
+    EXPECT(shape, huge, PYREG_BAD_SHAPE);
+    EXPECT(dtype, PYREG_NUM_DTYPES, PYREG_BAD_DTYPE);
     pyreg_fail_allocation(1);
-    expect(STATUS() == PYREG_NO_MEMORY, "memory", 0, 0, 0);
+    EXPECT(relu, false, PYREG_NO_MEMORY);
     expect(one[0] == 1 && one[3] == 4, "nothing written", 0, 0, 0);
 }
 

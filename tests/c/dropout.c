@@ -35,23 +35,30 @@ static void check(enum pyreg_dtype dtype, const struct pyreg_mask *mask, size_t 
     const int64_t shape = (int64_t)n, dense = (int64_t)size, strided = step * (int64_t)size;
     char *x = ones(dtype, room), *y = malloc(n * size + !n);
     uint8_t *kept = malloc(n + !n), *packed = malloc((n + 7) / 8 + !n);
-    if (pyreg_dropout(dtype, mask, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, y, &dense, NULL))
-        fail("dropout", n);
+    struct pyreg_dropout args = {
+        .dtype = dtype,
+        .ndim = 1,
+        .shape = &shape,
+        .mask = *mask,
+        .scale = pyreg_dropout_scale(dtype, mask->rate),
+        .x = {x, &strided},
+        .y = {y, &dense},
+    };
+    if (pyreg_dropout(&args)) fail("dropout", n);
     if (pyreg_dropout_mask(mask, n, false, kept) || pyreg_dropout_mask(mask, n, true, packed)) fail("mask", n);
     for (size_t i = 0; i < n; i++) {
         if (is_zero(y + i * size, size) == kept[i]) fail("dropout is not the mask", n);
         if ((packed[i / 8] >> i % 8 & 1) != kept[i]) fail("packed is not the mask", n);
     }
     char *again = malloc(n * size + !n);
-    struct pyreg_mask from_bits = {.generator = PYREG_PACKED, .rate = mask->rate};
-    from_bits.bits = packed, from_bits.num_bytes = (n + 7) / 8;
-    if (pyreg_dropout(dtype, &from_bits, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, again, &dense,
-                      NULL))
-        fail("from bits", n);
+    args.mask =
+        (struct pyreg_mask){.generator = PYREG_PACKED, .rate = mask->rate, .bits = packed, .num_bytes = (n + 7) / 8};
+    args.y.data = again;
+    if (pyreg_dropout(&args)) fail("from bits", n);
     if (n && memcmp(again, y, n * size)) fail("from bits differs", n);
     free(again);
-    if (pyreg_dropout(dtype, mask, pyreg_dropout_scale(dtype, mask->rate), 1, &shape, x, &strided, x, &strided, NULL))
-        fail("in place", n);
+    args.mask = *mask, args.y = args.x;
+    if (pyreg_dropout(&args)) fail("in place", n);
     for (size_t i = 0; i < n; i++)
         if (memcmp(x + i * (size_t)strided, y + i * size, size)) fail("in place differs", n);
     free(x), free(y), free(kept), free(packed);
@@ -64,9 +71,17 @@ static void check_shared(const struct pyreg_mask *mask, size_t rows, size_t colu
     const int64_t mask_strides[2] = {by_row, !by_row};
     char *x = ones(PYREG_F32, n);
     uint8_t *kept = malloc(n);
-    if (pyreg_dropout(PYREG_F32, mask, pyreg_dropout_scale(PYREG_F32, mask->rate), 2, shape, x, strides, x, strides,
-                      mask_strides))
-        fail("shared", n);
+    const struct pyreg_dropout args = {
+        .dtype = PYREG_F32,
+        .ndim = 2,
+        .shape = shape,
+        .mask = *mask,
+        .scale = pyreg_dropout_scale(PYREG_F32, mask->rate),
+        .x = {x, strides},
+        .y = {x, strides},
+        .mask_strides = mask_strides,
+    };
+    if (pyreg_dropout(&args)) fail("shared", n);
     if (pyreg_dropout_mask(mask, by_row ? rows : columns, false, kept)) fail("mask", n);
     for (size_t i = 0; i < n; i++)
         if (is_zero(x + 4 * i, 4) == kept[by_row ? i / columns : i % columns])
@@ -80,11 +95,12 @@ int main(void) {
     for (int g = 0; g < PYREG_PACKED; g++)
         for (int d = 0; d < PYREG_NUM_DTYPES; d++)
             for (size_t n = 0; n < 1100; n++) {
-                const struct pyreg_mask mask = {(enum pyreg_generator)g, {1, 2}, rates[n % 4], n * 0x10001, NULL, 0};
+                const struct pyreg_mask mask = {
+                    .generator = (enum pyreg_generator)g, .key = {1, 2}, .rate = rates[n % 4], .offset = n * 0x10001};
                 check((enum pyreg_dtype)d, &mask, n, 1 + (int64_t)(n % 5 == 0));
             }
     for (size_t n = 9000; n < 200000; n += 60007) { /* several tiles, chunks and threads */
-        const struct pyreg_mask mask = {PYREG_PHILOX, {3, 4}, 0.1, n, NULL, 0};
+        const struct pyreg_mask mask = {.generator = PYREG_PHILOX, .key = {3, 4}, .rate = 0.1, .offset = n};
         pyreg_set_num_threads(1 + (int)(n % 3));
         check(PYREG_F32, &mask, 8 * n, 1);
         check(PYREG_BF16, &mask, n, 3);
@@ -92,7 +108,8 @@ int main(void) {
     for (int g = 0; g < PYREG_PACKED; g++) /* short and long rows, of several tiles */
         for (size_t rows = 1; rows < 9000; rows = 3 * rows + 1)
             for (size_t columns = 1; columns < 9000; columns = 2 * columns + 1) {
-                const struct pyreg_mask mask = {(enum pyreg_generator)g, {5, 6}, 0.3, rows, NULL, 0};
+                const struct pyreg_mask mask = {
+                    .generator = (enum pyreg_generator)g, .key = {5, 6}, .rate = 0.3, .offset = rows};
                 if (rows * columns > 500000) continue;
                 check_shared(&mask, rows, columns, true);
                 check_shared(&mask, rows, columns, false);

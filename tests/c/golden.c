@@ -113,7 +113,11 @@ static void masks(size_t n) {
         for (int k = 0; k < NUM_RATES; k++) {
             static const uint64_t offsets[] = {0, 0x7fffffc1, 0xffffff85, 0x7fffffffffffff03, 12345678901234567};
             const struct pyreg_mask mask = {
-                (enum pyreg_generator)g, {0x9e3779b9 * (uint32_t)k, 7}, rates[k], offsets[k], NULL, 0};
+                .generator = (enum pyreg_generator)g,
+                .key = {0x9e3779b9 * (uint32_t)k, 7},
+                .rate = rates[k],
+                .offset = offsets[k],
+            };
             uint8_t *bytes = fresh(n), *packed = fresh((n + 7) / 8);
             must(pyreg_dropout_mask(&mask, n, false, bytes));
             must(pyreg_dropout_mask(&mask, n, true, packed));
@@ -135,11 +139,19 @@ static void dropout(enum pyreg_dtype dtype, const int64_t *shape) {
             for (int shared = 0; shared < 3; shared++) { /* 2: along the last dim; 1: along the first */
                 const int64_t by_first[3] = {0, shape[2], 1}, by_last[3] = {shape[1], 1, 0};
                 const int64_t *const mask_strides = shared == 0 ? NULL : shared == 1 ? by_first : by_last;
-                const struct pyreg_mask mask = {
-                    (enum pyreg_generator)g, {1, 2}, rates[(which + shared) % NUM_RATES], 99, NULL, 0};
+                const double rate = rates[(which + shared) % NUM_RATES];
                 char *x = filled(dtype, l.length);
-                must(pyreg_dropout(dtype, &mask, shared != 1 ? pyreg_dropout_scale(dtype, mask.rate) : 1, 3, shape,
-                                   x + l.first * size, strides, x + l.first * size, strides, mask_strides));
+                const struct pyreg_dropout args = {
+                    .dtype = dtype,
+                    .ndim = 3,
+                    .shape = shape,
+                    .mask = {.generator = (enum pyreg_generator)g, .key = {1, 2}, .rate = rate, .offset = 99},
+                    .scale = shared != 1 ? pyreg_dropout_scale(dtype, rate) : 1,
+                    .x = {x + l.first * size, strides},
+                    .y = {x + l.first * size, strides},
+                    .mask_strides = mask_strides,
+                };
+                must(pyreg_dropout(&args));
                 h = hash(h, x, l.length * size);
                 free(x);
             }
@@ -167,18 +179,53 @@ static void batchnorm(enum pyreg_dtype dtype, const int64_t *shape) {
             bool *mask = fresh((size_t)shape[0] * channels);
             for (size_t i = 0; i < (size_t)shape[0] * channels; i++) mask[i] = i < channels || next_random() % 4;
             const int64_t mask_strides[3] = {shape[1], 1, 0};
-            const struct pyreg_batchnorm args = {dtype, 3, 1, shape, 0x1p-10, relu, scale, bias};
+            const struct pyreg_batchnorm common = {
+                .dtype = dtype,
+                .ndim = 3,
+                .axis = 1,
+                .shape = shape,
+                .epsilon = 0x1p-10,
+                .relu = relu,
+                .scale = scale,
+                .bias = bias,
+            };
             const size_t at = l.first * size;
-            must(pyreg_batchnorm_forward(&args, x + at, strides, masked ? mask : NULL, mask_strides,
-                                         relu ? residual + at : NULL, strides, y + at, strides, mean, NULL, var));
-            must(pyreg_batchnorm_backward(&args, dy + at, strides, x + at, strides, masked ? mask : NULL, mask_strides,
-                                          y + at, strides, mean, var, NULL, NULL, dx + at, strides,
-                                          relu ? dresidual + at : NULL, strides, dscale, dbias));
+            const struct pyreg_batchnorm_forward forward = {
+                .common = common,
+                .x = {x + at, strides},
+                .mask = {masked ? mask : NULL, mask_strides},
+                .residual = {relu ? residual + at : NULL, strides},
+                .y = {y + at, strides},
+                .mean = mean,
+                .var = var,
+            };
+            must(pyreg_batchnorm_forward(&forward));
+            const struct pyreg_batchnorm_backward backward = {
+                .common = common,
+                .dy = {dy + at, strides},
+                .x = forward.x,
+                .mask = forward.mask,
+                .y = forward.y,
+                .dx = {dx + at, strides},
+                .dresidual = {relu ? dresidual + at : NULL, strides},
+                .mean = mean,
+                .var = var,
+                .dscale = dscale,
+                .dbias = dbias,
+            };
+            must(pyreg_batchnorm_backward(&backward));
             uint64_t h = hash(hash(empty, y, l.length * size), dx, l.length * size);
             h = hash(hash(h, dresidual, l.length * size), mean, bytes);
             h = hash(hash(hash(h, var, bytes), dscale, bytes), dbias, bytes);
-            must(pyreg_batchnorm_inference(&args, x + at, strides, mean, var, relu ? residual + at : NULL, strides,
-                                           x + at, strides));
+            const struct pyreg_batchnorm_inference inference = {
+                .common = common,
+                .x = forward.x,
+                .residual = forward.residual,
+                .y = forward.x,
+                .mean = mean,
+                .var = var,
+            };
+            must(pyreg_batchnorm_inference(&inference));
             h = hash(h, x, l.length * size);
             char name[100];
             snprintf(name, sizeof name, "batchnorm %s (%d, %d, %d) in %s%s%s", dtype_names[dtype], (int)shape[0],

@@ -23,24 +23,37 @@ struct results {
 /* One call of some kind, on so many rows. */
 static enum pyreg_status call(int kind, int64_t rows, struct results *r) {
     const int64_t part[2] = {rows, CHANNELS};
-    const struct pyreg_batchnorm args = {PYREG_F32, 2, 1, part, 1e-5, false, NULL, NULL};
-    const struct pyreg_mask mask = {kind == 1 ? PYREG_THREEFRY : PYREG_PHILOX, {3, (uint32_t)rows}, 0.3, 5, NULL, 0};
-    switch (kind) {
-    case 0:
-    case 1:
-        return pyreg_dropout(PYREG_F32, &mask, pyreg_dropout_scale(PYREG_F32, mask.rate), 2, part, x, strides, r->y,
-                             strides, NULL);
-    case 2: return pyreg_dropout_mask(&mask, (size_t)(rows * CHANNELS), rows % 2, r->mask);
-    case 3:
-        return pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, r->y, strides, r->mean, NULL, r->var);
-    default: {
-        enum pyreg_status status =
-            pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, r->y, strides, r->mean, NULL, r->var);
-        if (status) return status;
-        return pyreg_batchnorm_backward(&args, dy, strides, x, strides, NULL, NULL, NULL, NULL, r->mean, r->var, NULL,
-                                        NULL, r->dx, strides, NULL, NULL, r->dscale, r->dbias);
-    }
-    }
+    const enum pyreg_generator generator = kind == 1 ? PYREG_THREEFRY : PYREG_PHILOX;
+    const struct pyreg_dropout dropout = {
+        .dtype = PYREG_F32,
+        .ndim = 2,
+        .shape = part,
+        .mask = {.generator = generator, .key = {3, (uint32_t)rows}, .rate = 0.3, .offset = 5},
+        .scale = pyreg_dropout_scale(PYREG_F32, 0.3),
+        .x = {x, strides},
+        .y = {r->y, strides},
+    };
+    const struct pyreg_batchnorm_forward forward = {
+        .common = {.dtype = PYREG_F32, .ndim = 2, .axis = 1, .shape = part, .epsilon = 1e-5},
+        .x = {x, strides},
+        .y = {r->y, strides},
+        .mean = r->mean,
+        .var = r->var,
+    };
+    const struct pyreg_batchnorm_backward backward = {
+        .common = forward.common,
+        .dy = {dy, strides},
+        .x = forward.x,
+        .dx = {r->dx, strides},
+        .mean = r->mean,
+        .var = r->var,
+        .dscale = r->dscale,
+        .dbias = r->dbias,
+    };
+    if (kind < 2) return pyreg_dropout(&dropout);
+    if (kind == 2) return pyreg_dropout_mask(&dropout.mask, (size_t)(rows * CHANNELS), rows % 2, r->mask);
+    const enum pyreg_status status = pyreg_batchnorm_forward(&forward);
+    return kind == 3 || status != PYREG_OK ? status : pyreg_batchnorm_backward(&backward);
 }
 
 static const int64_t sizes[] = {1, 40, 2500, ROWS};

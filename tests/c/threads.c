@@ -29,16 +29,30 @@ static void expect(bool ok, const char *what) {
 
 static const int64_t shape[2] = {N, CHANNELS}, strides[2] = {CHANNELS * 4, 4};
 
+static const struct pyreg_dropout of_x = {
+    .dtype = PYREG_F32,
+    .ndim = 2,
+    .shape = shape,
+    .mask = {.generator = PYREG_PHILOX, .key = {1, 2}, .rate = 0.3},
+    .scale = 1,
+    .x = {x, strides},
+};
+
 static enum pyreg_status dropout(float *y) {
-    const struct pyreg_mask mask = {.generator = PYREG_PHILOX, .key = {1, 2}, .rate = 0.3};
-    return pyreg_dropout(PYREG_F32, &mask, pyreg_dropout_scale(PYREG_F32, mask.rate), 2, shape, x, strides, y, strides,
-                         NULL);
+    struct pyreg_dropout args = of_x;
+    args.y = (struct pyreg_array){y, strides};
+    return pyreg_dropout(&args);
 }
 
 static enum pyreg_status norm(float *y) {
     float mean[CHANNELS], var[CHANNELS];
-    const struct pyreg_batchnorm args = {PYREG_F32, 2, 1, shape, 1e-5, false, NULL, NULL};
-    return pyreg_batchnorm_forward(&args, x, strides, NULL, NULL, NULL, NULL, y, strides, mean, NULL, var);
+    return pyreg_batchnorm_forward(&(struct pyreg_batchnorm_forward){
+        .common = {.dtype = PYREG_F32, .ndim = 2, .axis = 1, .shape = shape, .epsilon = 1e-5},
+        .x = {x, strides},
+        .y = {y, strides},
+        .mean = mean,
+        .var = var,
+    });
 }
 
 static void *caller(void *number) {
@@ -71,10 +85,11 @@ static bool fork_once(void) {
 
 /* One row again and again. */
 static enum pyreg_status long_call(int64_t rows, float *y) {
-    const struct pyreg_mask mask = {.generator = PYREG_THREEFRY, .key = {1, 2}, .rate = 0.3};
     const int64_t long_shape[2] = {rows, SIZE}, again[2] = {0, 4}, same_mask[2] = {0, 1};
-    return pyreg_dropout(PYREG_F32, &mask, pyreg_dropout_scale(PYREG_F32, mask.rate), 2, long_shape, x, again, y, again,
-                         same_mask);
+    struct pyreg_dropout args = of_x;
+    args.shape = long_shape, args.mask.generator = PYREG_THREEFRY, args.mask_strides = same_mask;
+    args.x.strides = again, args.y = (struct pyreg_array){y, again};
+    return pyreg_dropout(&args);
 }
 
 int main(void) {

@@ -1,0 +1,192 @@
+/* Vectors of elements of one type: what the loops of dropout and batch-norm load, compute with, and store.  Together with
+ * vec.h and stream.h the only place where one instruction set differs from another. */
+#ifndef PYREG_KERNELS_LANES_H
+#define PYREG_KERNELS_LANES_H
+
+#include "elem.h"
+#include "kernels.h"
+#include "vec.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+/* ---- A vector of elements as bits, for dropout.  Spelled out because compilers find these in a plain loop on some
+ * targets only. ----------------------------------------------------------------------------------------------------- */
+
+#if defined(PYREG_F32)
+typedef uint32_t elem_bits;
+typedef vec32 vec;
+#elif defined(PYREG_F64)
+typedef uint64_t elem_bits;
+typedef vec64 vec;
+#else
+typedef uint16_t elem_bits;
+typedef vec16 vec;
+#endif
+enum { LANES = VEC_BYTES / sizeof(elem_t) };
+
+/* y[j] = bit j of kept ? v[j] : 0. */
+static inline void store_kept(elem_t *y, vec v, uint32_t kept) {
+#if defined(__AVX512BW__)
+    __m512i bits = (__m512i)v;
+    if (sizeof(elem_t) == 2)
+        bits = _mm512_maskz_mov_epi16(kept, bits);
+    else if (sizeof(elem_t) == 4)
+        bits = _mm512_maskz_mov_epi32((__mmask16)kept, bits);
+    else
+        bits = _mm512_maskz_mov_epi64((__mmask8)kept, bits);
+    _mm512_storeu_si512(y, bits);
+#else
+    static const elem_bits powers[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    vec bit;
+    memcpy(&bit, powers, sizeof bit);
+    v &= (vec)(((elem_bits)kept & bit) == bit);
+    memcpy(y, &v, sizeof v);
+#endif
+}
+
+/* One vector of x * scale, in the element type. */
+#if defined(PYREG_BF16)
+static inline vec scaled(const elem_t *x, acc_t scale) {
+    /* Two in each 32-bit lane: the upper one is a float once the lower is cleared, the lower once it is shifted up.
+     * Rounding is simpler than store()'s.  Adding half rounds ties up, not to even; but no product with 1 / keep ties
+     * (a bfloat16 keep has one of 128 significands, and so has x: all 16,384 pairs were tried, and are by the tests).
+     * And the product of a NaN ends in 16 zero bits, so it does not carry. */
+    vec32 pair;
+    memcpy(&pair, x, sizeof pair);
+    vec32 a = (vec32)((vecf)(pair & 0xffff0000u) * scale), b = (vec32)((vecf)(pair << 16) * scale);
+    a += 0x8000;
+    b += 0x8000;
+    return (vec16)((a & 0xffff0000u) | b >> 16);
+}
+#elif defined(PYREG_F16) && defined(__AVX512F__)
+static inline vec scaled(const elem_t *x, acc_t scale) {
+    __m256i half[2];
+    for (int h = 0; h < 2; h++) {
+        __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x + h));
+        half[h] = _mm512_cvtps_ph(_mm512_mul_ps(a, _mm512_set1_ps(scale)), _MM_FROUND_TO_NEAREST_INT);
+    }
+    return (vec16)_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+}
+#elif defined(PYREG_F16) && defined(__F16C__)
+static inline vec scaled(const elem_t *x, acc_t scale) {
+    __m128i half[2];
+    for (int h = 0; h < 2; h++) {
+        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x + h));
+        half[h] = _mm256_cvtps_ph(_mm256_mul_ps(a, _mm256_set1_ps(scale)), _MM_FROUND_TO_NEAREST_INT);
+    }
+    return (vec16)_mm256_set_m128i(half[1], half[0]);
+}
+#elif defined(PYREG_F16)
+static inline vec scaled(const elem_t *x, acc_t scale) {
+    vec v = {0};
+    for (int j = 0; j < LANES; j++) v[j] = store(load(x[j]) * scale);
+    return v;
+}
+#else
+static inline vec scaled(const elem_t *x, acc_t scale) {
+    typedef acc_t vec_acc __attribute__((vector_size(VEC_BYTES)));
+    vec_acc v;
+    memcpy(&v, x, sizeof v);
+    return (vec)(v * scale);
+}
+#endif
+
+/* ---- Elements as computed (narrow) and summed (wide), for batch-norm ----------------------------------------------- */
+
+typedef acc_t narrow __attribute__((vector_size(LANES64 * sizeof(acc_t))));
+typedef __typeof__((narrow){0} > (narrow){0}) narrow_bits;
+typedef double wide __attribute__((vector_size(VEC_BYTES)));
+
+/* The product of two floats has 48 significant bits: exact in a double, with or without a fused add. */
+enum { EXACT_PRODUCTS = sizeof(acc_t) < sizeof(double) };
+
+static inline narrow load_narrow(const elem_t *x) {
+    narrow v;
+#if defined(PYREG_F32) || defined(PYREG_F64)
+    memcpy(&v, x, sizeof v);
+#elif defined(PYREG_F16) && defined(__AVX512F__)
+    v = (narrow)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#elif defined(PYREG_F16) && defined(__AVX2__)
+    v = (narrow)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)x));
+#elif defined(PYREG_BF16) && defined(__AVX512F__)
+    v = (narrow)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
+#elif defined(PYREG_BF16) && defined(__AVX2__)
+    v = (narrow)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x)), 16);
+#else
+    for (size_t l = 0; l < LANES64; l++) v[l] = load(x[l]);
+#endif
+    return v;
+}
+
+#if defined(PYREG_F16)
+static inline void store_narrow(elem_t *to, const acc_t *from) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storel_epi64((__m128i *)to, _mm_cvtps_ph(_mm_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (size_t l = 0; l < LANES64; l++) to[l] = store(from[l]);
+#endif
+}
+#endif
+
+/* The first n elements, 0 < n <= LANES64, and zeros. */
+static inline narrow load_part(const elem_t *x, size_t n) {
+#if defined(PYREG_F32) && defined(__AVX512F__)
+    return (narrow)_mm256_maskz_loadu_ps((__mmask8)(0xff >> (LANES64 - n)), x);
+#else
+    elem_t part[LANES64] = {0};
+    if (n == LANES64) return load_narrow(x);
+    for (size_t l = 0; l < n; l++) part[l] = x[l];
+    return load_narrow(part);
+#endif
+}
+
+static inline wide widen(narrow v) {
+#if defined(PYREG_F64)
+    return v;
+#elif defined(__AVX512F__)
+    return (wide)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+    return (wide)_mm256_cvtps_pd((__m128)v);
+#else
+    return __builtin_convertvector(v, wide);
+#endif
+}
+
+static inline wide load_wide(const double *p) {
+    wide v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store_wide(double *p, wide v) { memcpy(p, &v, sizeof v); }
+
+/* sum + a * b for exact products. */
+static inline wide add_exact_product(wide sum, wide a, wide b) {
+#if defined(__AVX512F__)
+    return (wide)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(__FMA__)
+    return (wide)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+/* Row r of an operand of a block. */
+static inline elem_t *row(const struct bn_block *b, enum bn_operand k, size_t r) {
+    return (elem_t *)b->of[k].at + (ptrdiff_t)r * b->of[k].stride;
+}
+
+/* ---- Prefetching ------------------------------------------------------------------------------------------------- */
+
+/* The hardware's prefetcher stops at page ends and at the ends of rows: cache lines are asked for this far ahead. Where
+ * a row is as long as that, there it would be another thread's columns: then the next columns, or the next row. */
+enum { AHEAD = 4096 / sizeof(elem_t), LINE = 64 / sizeof(elem_t) };
+
+static ALWAYS_INLINE void prefetch(const elem_t *p, size_t n, ptrdiff_t ahead) {
+    for (size_t j = 0; j < n; j += LINE) __builtin_prefetch(p + j + ahead);
+}
+
+#endif

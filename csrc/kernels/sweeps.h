@@ -1,0 +1,259 @@
+/* Batch-norm's elementwise sweeps over a block, for one element type. */
+#ifndef PYREG_KERNELS_SWEEPS_H
+#define PYREG_KERNELS_SWEEPS_H
+
+#include "../arith.h"
+#include "lanes.h"
+#include "stream.h"
+
+#include <math.h>
+
+/* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so
+ * that a cache line of elements finds its own whatever column it starts in. */
+struct coefficients {
+    acc_t centre[BN_COLUMNS + LINE], gain[BN_COLUMNS + LINE], slope[BN_COLUMNS + LINE], offset[BN_COLUMNS + LINE];
+};
+_Static_assert(sizeof(struct coefficients) <= BN_NARROW * sizeof(acc_t), "bn_coefficients.narrow has room for them");
+
+/* n >= 1 */
+static void narrow_to(acc_t *to, const double *from, size_t n) {
+    to[0] = (acc_t)from[0];
+    for (size_t j = 1; j < n; j++) to[j] = (acc_t)from[j];
+    for (size_t j = 0; j < LINE; j++) to[n + j] = to[j];
+}
+
+/* One line.  NULL for what is absent, which is known when a loop is compiled. */
+struct sweep {
+    ptrdiff_t ahead; /* to prefetch */
+    const elem_t *x, *residual, *dy, *relu_y;
+    const uint8_t *mask;
+    elem_t *out, *dresidual;
+    acc_t floor;
+};
+
+/* Some elements of it, ready for the loop: gcc converts float16 quickly only in loops that do nothing else. */
+#if defined(PYREG_F16)
+typedef acc_t value_t;
+static inline acc_t read_value(value_t v) { return v; }
+static inline value_t write_value(acc_t a) { return a; }
+#else
+typedef elem_t value_t;
+static inline acc_t read_value(value_t v) { return load(v); }
+static inline value_t write_value(acc_t a) { return store(a); }
+#endif
+
+struct values {
+    const value_t *x, *residual, *dy, *relu_y;
+    const uint8_t *mask;
+    value_t *out, *dresidual;
+    acc_t floor;
+};
+
+/* n values, with coefficients k .. k + n - 1, or k for all. */
+static ALWAYS_INLINE void sweep_values(const struct coefficients *restrict c, const struct values *v, size_t k,
+                                       size_t n, bool channel_line) {
+#pragma GCC unroll 1
+#pragma GCC ivdep
+    for (size_t i = 0; i < n; i++) {
+        const size_t m = channel_line ? k : k + i;
+        const acc_t d = read_value(v->x[i]) - c->centre[m];
+        if (v->dy) {
+            value_t g = v->dy[i];
+            if (v->relu_y) g = read_value(v->relu_y[i]) > 0 ? g : 0;
+            acc_t through_statistics = c->slope[m] * d + c->offset[m];
+            if (v->mask) through_statistics = v->mask[i] ? through_statistics : 0;
+            if (v->dresidual) v->dresidual[i] = g;
+            v->out[i] = write_value(c->gain[m] * read_value(g) + through_statistics);
+        } else {
+            acc_t y = d * c->gain[m] + c->offset[m];
+            if (v->residual) y += read_value(v->residual[i]);
+            v->out[i] = write_value(v->floor > y ? v->floor : y);
+        }
+    }
+}
+
+#if defined(PYREG_F16)
+/* n <= LINE elements as values, NULL for NULL; what is behind them in to[] is 0. */
+static ALWAYS_INLINE const value_t *read_line(value_t *to, const elem_t *from, size_t n) {
+    if (!from) return NULL;
+    elem_t part[LINE] = {0};
+    if (n < LINE) from = memcpy(part, from, n * sizeof(elem_t));
+    for (size_t i = 0; i < LINE; i += LANES64) {
+        narrow v = load_narrow(from + i);
+        memcpy(to + i, &v, sizeof v);
+    }
+    return to;
+}
+
+static ALWAYS_INLINE void write_line(elem_t *to, const value_t *from, size_t n) {
+    elem_t part[LINE], *at = n < LINE ? part : to;
+    for (size_t i = 0; i < LINE; i += LANES64) store_narrow(at + i, from + i);
+    if (n < LINE) memcpy(to, part, n * sizeof(elem_t));
+}
+#endif
+
+static ALWAYS_INLINE elem_t *at_or_null(const elem_t *p, size_t j) { return p ? (elem_t *)p + j : NULL; }
+
+/* Elements j .. j + n - 1 of the line, with coefficients k .. k + n - 1, or k for all. */
+static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,
+                                    size_t n, bool channel_line, elem_t *out, elem_t *dresidual) {
+#if defined(PYREG_F16)
+    for (size_t i = 0; i < n; i += LINE, j += LINE) {
+        const size_t left = at_most(n - i, LINE);
+        value_t x[LINE], residual[LINE], dy[LINE], relu_y[LINE], y[LINE], g[LINE];
+        const struct values v = {
+            .x = read_line(x, s->x + j, left),
+            .residual = read_line(residual, at_or_null(s->residual, j), left),
+            .dy = read_line(dy, at_or_null(s->dy, j), left),
+            .relu_y = read_line(relu_y, at_or_null(s->relu_y, j), left),
+            .mask = s->mask ? s->mask + j : NULL,
+            .out = y,
+            .dresidual = dresidual ? g : NULL,
+            .floor = s->floor,
+        };
+        sweep_values(c, &v, channel_line ? k : k + i, s->mask ? left : LINE, channel_line);
+        write_line(out + i, y, left);
+        if (dresidual) write_line(dresidual + i, g, left);
+    }
+#else
+    const struct values v = {
+        .x = s->x + j,
+        .residual = at_or_null(s->residual, j),
+        .dy = at_or_null(s->dy, j),
+        .relu_y = at_or_null(s->relu_y, j),
+        .mask = s->mask ? s->mask + j : NULL,
+        .out = out,
+        .dresidual = dresidual,
+        .floor = s->floor,
+    };
+    sweep_values(c, &v, k, n, channel_line);
+#endif
+}
+
+/* Around the cache: a whole cache line goes through a buffer. */
+static ALWAYS_INLINE void sweep_around(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,
+                                       bool channel_line) {
+    elem_t out[LINE] __attribute__((aligned(64))), dresidual[LINE] __attribute__((aligned(64)));
+    sweep_run(c, s, j, k, LINE, channel_line, out, s->dresidual ? dresidual : NULL);
+    stream_lines(s->out + j, out, sizeof out);
+    if (!s->dresidual) return;
+    if ((uintptr_t)(s->dresidual + j) % 64 == 0)
+        stream_lines(s->dresidual + j, dresidual, sizeof dresidual);
+    else
+        memcpy(s->dresidual + j, dresidual, sizeof dresidual);
+}
+
+/* n elements; coefficient l for all, or element j's is j % period. */
+static ALWAYS_INLINE void sweep_line(const struct coefficients *restrict c, const struct sweep *s, size_t n, size_t l,
+                                     size_t period, bool channel_line, bool stream) {
+    size_t j = 0, k = l;
+    if (stream) { /* up to the first whole line of the output */
+        j = at_most((size_t)(-(uintptr_t)s->out % 64) / sizeof(elem_t), n);
+        sweep_run(c, s, 0, k, j, channel_line, s->out, s->dresidual);
+        if (!channel_line) k = j % period;
+    }
+    if (stream || !channel_line)
+        for (; j + LINE <= n; j += LINE) {
+            prefetch(s->x + j, LINE, s->ahead);
+            if (s->dy) prefetch(s->dy + j, LINE, s->ahead);
+            if (s->relu_y) prefetch(s->relu_y + j, LINE, s->ahead);
+            if (s->residual) prefetch(s->residual + j, LINE, s->ahead);
+            if (stream)
+                sweep_around(c, s, j, k, channel_line);
+            else
+                sweep_run(c, s, j, k, LINE, false, s->out + j, at_or_null(s->dresidual, j));
+            if (!channel_line)
+                for (k += LINE; k >= period;) k -= period;
+        }
+    sweep_run(c, s, j, k, n - j, channel_line, s->out + j, at_or_null(s->dresidual, j));
+}
+
+static ALWAYS_INLINE void sweep_block(const struct bn_block *b, const struct coefficients *restrict c, bool backward,
+                                      bool relu, bool masked, bool residual, bool channel_lines, bool stream) {
+    const ptrdiff_t stride = b->of[BN_X].stride;
+    for (size_t r = 0; r < b->rows; r++)
+        for (size_t l = 0; l < b->lines; l++) {
+            const size_t j = l * b->length;
+            const struct sweep s = {
+                .x = row(b, BN_X, r) + j,
+                .residual = residual && !backward ? row(b, BN_RESIDUAL, r) + j : NULL,
+                .dy = backward ? row(b, BN_DY, r) + j : NULL,
+                .relu_y = backward && relu ? row(b, BN_Y, r) + j : NULL,
+                .mask = masked ? (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride + j : NULL,
+                .out = row(b, backward ? BN_DX : BN_Y, r) + j,
+                .dresidual = residual && backward ? row(b, BN_DRESIDUAL, r) + j : NULL,
+                .ahead = b->lines == 1 && b->length >= AHEAD && stride > (ptrdiff_t)b->length ? stride : AHEAD,
+                .floor = relu ? 0 : -(acc_t)INFINITY,
+            };
+            sweep_line(c, &s, b->length, l, b->period, channel_lines, stream);
+        }
+}
+
+/* One loop for each place of the coefficients and each way to write, each compiled for the operands there are. */
+static ALWAYS_INLINE void sweep(const struct bn_block *b, const struct bn_coefficients *k, bool backward, bool relu,
+                                bool masked, bool residual) {
+    struct coefficients *c = k->narrow;
+    const size_t n = b->channel_lines ? b->lines : b->period;
+    narrow_to(c->centre, k->centre, n);
+    narrow_to(c->gain, k->gain, n);
+    narrow_to(c->offset, k->offset, n);
+    if (backward) narrow_to(c->slope, k->slope, n);
+    if (b->channel_lines && b->stream)
+        sweep_block(b, c, backward, relu, masked, residual, true, true);
+    else if (b->channel_lines)
+        sweep_block(b, c, backward, relu, masked, residual, true, false);
+    else if (b->stream)
+        sweep_block(b, c, backward, relu, masked, residual, false, true);
+    else
+        sweep_block(b, c, backward, relu, masked, residual, false, false);
+}
+
+/* y = gain * (x - centre) + offset [+ residual], [0 where below] */
+static void bn_normalise(const struct bn_block *b, const struct bn_coefficients *k) {
+    if (b->of[BN_RESIDUAL].at)
+        sweep(b, k, false, b->relu, false, true);
+    else
+        sweep(b, k, false, b->relu, false, false);
+}
+
+/* dx = gain * g + slope * (x - centre) + offset, dresidual = g, where g = dy, 0 where the ReLU's output y is not above
+ * 0.  Elements outside the mask: dx = gain * g. */
+static void bn_differentiate(const struct bn_block *b, const struct bn_coefficients *k) {
+    const bool masked = b->of[BN_MASK].at, residual = b->of[BN_DRESIDUAL].at;
+    if (!masked && !b->relu && !residual)
+        sweep(b, k, true, false, false, false);
+    else if (!masked && b->relu && !residual)
+        sweep(b, k, true, true, false, false);
+    else if (!masked && b->relu)
+        sweep(b, k, true, true, false, true);
+    else /* rare: which operands there are is found out at each element */
+        sweep(b, k, true, b->relu, masked, residual);
+}
+
+/* What bn_differentiate does where there is a slope, else bn_normalise, in double: for coefficients and differences that
+ * a float does not hold. */
+static void bn_sweep_wide(const struct bn_block *b, const struct bn_coefficients *c) {
+    const double floor = b->relu ? 0 : -INFINITY;
+    for (size_t r = 0; r < b->rows; r++) {
+        const elem_t *x = row(b, BN_X, r);
+        for (size_t l = 0, i = 0; l < b->lines; l++)
+            for (size_t j = 0; j < b->length; j++, i++) {
+                const size_t k = b->channel_lines ? l : j % b->period;
+                const double d = (double)load(x[i]) - c->centre[k];
+                if (!c->slope) {
+                    double y = d * c->gain[k] + c->offset[k];
+                    if (b->of[BN_RESIDUAL].at) y += (double)load(row(b, BN_RESIDUAL, r)[i]);
+                    row(b, BN_Y, r)[i] = store((acc_t)(floor > y ? floor : y));
+                    continue;
+                }
+                const uint8_t *mask = (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride + i;
+                const bool counts = !b->relu || load(row(b, BN_Y, r)[i]) > 0;
+                const elem_t g = counts ? row(b, BN_DY, r)[i] : 0;
+                const double through_statistics = b->of[BN_MASK].at && !*mask ? 0 : c->slope[k] * d + c->offset[k];
+                if (b->of[BN_DRESIDUAL].at) row(b, BN_DRESIDUAL, r)[i] = g;
+                row(b, BN_DX, r)[i] = store((acc_t)(c->gain[k] * (double)load(g) + through_statistics));
+            }
+    }
+}
+
+#endif

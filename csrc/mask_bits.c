@@ -1,0 +1,178 @@
+#include "mask_bits.h"
+
+#include "arith.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+#include <math.h>
+#include <string.h>
+
+/* ---- Sources ------------------------------------------------------------------------------------------------------ */
+
+/* Bits that have been made before; beyond the last there are zeros. */
+static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
+    const size_t from = 4 * (size_t)first, size = 4 * words;
+    const size_t have = from < draw->num_bytes ? draw->num_bytes - from : 0, n = at_most(have, size);
+    if (n)
+        memcpy(keep, draw->bits + from, n); /* words and bytes have the same order of bits on little-endian machines */
+    memset((char *)keep + n, 0, size - n);
+}
+
+enum pyreg_status mask_source_init(struct mask_source *source, const struct pyreg_mask *mask) {
+    struct draw *draw = &source->draw;
+    if ((unsigned)mask->generator >= PYREG_NUM_GENERATORS) return PYREG_BAD_GENERATOR;
+    if (!(mask->rate >= 0 && mask->rate <= 1)) return PYREG_BAD_RATE;
+    const struct mask_kernels *kernels = dispatch_masks();
+    const double keep = 1 - mask->rate;
+    draw->key[0] = mask->key[0];
+    draw->key[1] = mask->key[1];
+    switch (mask->generator) {
+    case PYREG_THREEFRY:
+        draw->limit = (uint64_t)ceil((double)(float)keep * 0x1p23);
+        source->make = kernels->threefry;
+        break;
+    case PYREG_THREEFRY_X64:
+        draw->limit = (uint64_t)ceil(keep * 0x1p52);
+        source->make = kernels->threefry_x64;
+        break;
+    case PYREG_PACKED:
+        draw->bits = mask->bits;
+        draw->num_bytes = mask->num_bytes;
+        source->make = read_packed;
+        return PYREG_OK;
+    default: { /* rounded to 64 bits; the largest double below 1 still fits */
+        draw->limit = mask->rate < 1 ? (uint64_t)nearbyint(mask->rate * 0x1p64) : 0;
+        source->make = kernels->philox;
+    }
+    }
+    kernels->prepare(draw);
+    return PYREG_OK;
+}
+
+/* ---- Windows ------------------------------------------------------------------------------------------------------ */
+
+void mask_window_init(struct mask_window *w, const struct mask_source *source) {
+    w->source = source;
+    w->first = w->bits = 0;
+}
+
+size_t mask_window_move(struct mask_window *w, uint64_t index, size_t n) {
+    uint64_t at = index - w->first; /* indices are modulo 2^64 */
+    if (at < w->bits && at + n <= w->bits) return (size_t)at;
+
+    uint64_t first = index & ~(uint64_t)(MASK_GROUP - 1), skip = first - w->first;
+    size_t have = skip < w->bits ? w->bits - (size_t)skip : 0;
+    if (have) memmove(w->keep, w->keep + skip / 32, have / 8);
+    size_t want = divide_up((size_t)(index - first) + n, MASK_GROUP) * MASK_GROUP;
+    w->source->make(&w->source->draw, first / 32 + have / 32, (want - have) / 32, w->keep + have / 32);
+    w->first = first;
+    w->bits = want;
+    return (size_t)(index - first);
+}
+
+static bool bit_at(const uint32_t *keep, size_t at) { return keep[at / 32] >> at % 32 & 1; }
+
+/* The 32 bits from a position on. */
+static uint32_t word_at(const uint32_t *keep, size_t at) { return keep_word(keep + at / 32, at % 32, 0); }
+
+/* Puts 32 bits at a position; what was before it stays, what was behind is lost. */
+static void put_word(uint32_t *keep, size_t at, uint32_t word) {
+    uint64_t pair = (uint64_t)word << at % 32 | (keep[at / 32] & ((UINT32_C(1) << at % 32) - 1));
+    keep[at / 32] = (uint32_t)pair;
+    keep[at / 32 + 1] = (uint32_t)(pair >> 32);
+}
+
+/* ---- Rows whose bits are not just neighbours ----------------------------------------------------------------------- */
+
+/* n bits: each of those from `at` on in from[] fills a run; the first has been used `skip` times. */
+static void spread_bits(const uint32_t *from, size_t at, size_t run, size_t skip, size_t n, uint32_t *keep) {
+    for (size_t j = 0; j < n; j += run - skip, skip = 0, at++) {
+        const uint32_t word = -(uint32_t)bit_at(from, at);
+        for (size_t k = skip; k < run && j + k - skip < n; k += 32) put_word(keep, j + k - skip, word);
+    }
+}
+
+/* n bits, of which the first `period` are there. */
+static void repeat_bits(size_t period, size_t n, uint32_t *keep) {
+    for (size_t j = period, bits; j < n; j += bits) {
+        bits = at_most(period, 32);
+        put_word(keep, j, word_at(keep, j - period));
+        if (period < 32) period *= 2;
+    }
+}
+
+void mask_gather(struct mask_window *w, const struct mask_row *row, uint64_t index, size_t j, size_t n,
+                 uint32_t keep[GATHERED_WORDS]) {
+    const size_t run = row->run;
+    const uint64_t step = row->step, run_step = row->run_step;
+    size_t skip = j % run;
+    index += j / run * step;
+    if (step == 1 && run_step == 0) {
+        size_t at = mask_window_move(w, index, (skip + n - 1) / run + 1);
+        spread_bits(w->keep, at, run, skip, n, keep);
+        return;
+    }
+    const size_t own = step == 0 && run < n ? run : n; /* the rest repeats them */
+    for (size_t k = 0, bits; k < own; k += bits, skip = 0, index += step) {
+        bits = at_most(run - skip, n - k);
+        size_t at = mask_window_move(w, index + skip * run_step, run_step ? bits : 1);
+        for (size_t b = 0; b < bits; b += 32)
+            put_word(keep, k + b, run_step ? word_at(w->keep, at + b) : -(uint32_t)bit_at(w->keep, at));
+    }
+    repeat_bits(own, n, keep);
+}
+
+/* ---- The mask alone ---------------------------------------------------------------------------------------------- */
+
+struct mask_op {
+    struct mask_source source;
+    uint64_t offset;
+    size_t n;
+    bool packed;
+    uint8_t *out;
+};
+
+static void mask_chunk(void *work, size_t chunk, void *scratch) {
+    (void)scratch;
+    const struct mask_op *op = work;
+    struct mask_window w;
+    mask_window_init(&w, &op->source);
+    size_t j = chunk * MASK_CHUNK, end = at_most(j + MASK_CHUNK, op->n);
+    for (size_t n; j < end; j += n) {
+        n = at_most(end - j, MASK_TILE);
+        size_t at = mask_window_move(&w, op->offset + j, n);
+        for (size_t k = 0; k < n; k += 32) {
+            uint32_t word = word_at(w.keep, at + k);
+            size_t bits = at_most(n - k, 32);
+            if (!op->packed) {
+                for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;
+                continue;
+            }
+            if (bits < 32) word &= (UINT32_C(1) << bits) - 1;
+            for (size_t b = 0; b < bits; b += 8) op->out[(j + k + b) / 8] = (uint8_t)(word >> b);
+        }
+    }
+}
+
+enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bool packed, uint8_t *out) {
+    struct mask_op op = {.offset = mask->offset, .n = n, .packed = packed, .out = out};
+    enum pyreg_status status = mask_source_init(&op.source, mask);
+    if (status) return status;
+    if (mask->rate == 0 || mask->rate == 1) { /* nothing is drawn */
+        memset(out, mask->rate == 1 ? 0 : packed ? 0xff : 1, packed ? divide_up(n, 8) : n);
+        if (packed && mask->rate == 0 && n % 8) out[n / 8] = (uint8_t)((1u << n % 8) - 1);
+        return PYREG_OK;
+    }
+    const struct phase phase = {divide_up(n, MASK_CHUNK), mask_chunk};
+    return parallel_run(&phase, 1, &op, 0, (double)n);
+}
+
+/* ---- The generators alone ---------------------------------------------------------------------------------------- */
+
+void pyreg_philox4x32_10(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]) {
+    dispatch_masks()->philox_block(key, counter, out);
+}
+
+void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]) {
+    dispatch_masks()->threefry_block(key, counter, out);
+}
