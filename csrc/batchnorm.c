@@ -17,7 +17,7 @@
  * have one coefficient. */
 enum { LONG_LINE = 64, SWEPT_LINE = 32 };
 
-/* A piece: long enough that its few dozen flops a channel do not count, short enough to stay in a core's own cache. */
+/* A piece: long enough that its few dozen flops per channel do not count, short enough for a core's own cache. */
 enum { PIECE = 32768, ROW_PIECE = 65536, MIN_ROWS = 128 };
 
 /* One sweep's sums lose (mean / std)^2 of the 2^53 that a double tells apart; a piece beyond this (mean / std > 1000)
@@ -58,7 +58,7 @@ struct batchnorm {
 /* A thread's scratch memory: sums of columns, then coefficients of columns; and blocks. */
 enum { SUM_COLUMNS = 6, MASKED_SUM_COLUMNS = 8, SWEEP_COLUMNS = 4 };
 struct scratch {
-    double *column[MASKED_SUM_COLUMNS]; /* a value a column */
+    double *column[MASKED_SUM_COLUMNS]; /* a value per column */
     void *narrow;                       /* coefficients for the loops; what the sums were is lost */
     void *pack;                         /* for a walk */
 };
@@ -299,8 +299,8 @@ static double backward_origin(const struct batchnorm *bn, size_t c) {
     return bn->args->dtype == PYREG_F64 ? get(bn, bn->mean, c) : 0;
 }
 
-/* Count and sum of x - origin over the mask, sum of dy, sum of dy * (x - origin), and the sum of those dy that are lost to
- * the product, for channels [c, end) of one walk. */
+/* Count and sum of x - origin over the mask, sum of dy, sum of dy * (x - origin), and the sum of those dy that are lost
+ * to the product, for channels [c, end) of one walk. */
 static void gradient_tile(const struct batchnorm *bn, struct region r, double *const out[MOMENTS],
                           const struct scratch *s) {
     const struct view *v = bn->sums;
@@ -503,8 +503,8 @@ static enum pyreg_status check(const struct pyreg_batchnorm *args, size_t *eleme
     return !status && (args->axis < 0 || args->axis >= args->ndim) ? PYREG_BAD_AXIS : status;
 }
 
-/* Fills in bn's views and runs its phases.  Operands the sums read come first in `sums`, the sweep's in `swept`; ns: an
- * element's, roughly, in the last-level cache (`./run bench roofline`). */
+/* Fills in bn's views and runs its phases.  Operands the sums read come first in `sums`, the sweep's in `swept`; ns: of
+ * an element, roughly, in the last-level cache (`./run bench roofline`). */
 static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, const struct operand *swept,
                              size_t elements, double ns) {
     const struct pyreg_batchnorm *args = bn->args;

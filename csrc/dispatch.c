@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One line an instruction set here, and one in CMakeLists.txt with its compiler flags. */
+/* One line per instruction set here, and one in CMakeLists.txt with its compiler flags. */
 #define DECLARE(isa)                                                                                                   \
     extern const struct mask_kernels pyreg_masks_##isa;                                                                \
     extern const struct kernels pyreg_kernels_##isa##_F32, pyreg_kernels_##isa##_F64, pyreg_kernels_##isa##_F16,       \

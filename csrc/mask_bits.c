@@ -7,7 +7,7 @@
 #include <math.h>
 #include <string.h>
 
-/* ---- Sources ------------------------------------------------------------------------------------------------------ */
+/* ---- Sources ----------------------------------------------------------------------------------------------------- */
 
 /* Bits that have been made before; beyond the last there are zeros. */
 static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
@@ -49,7 +49,7 @@ enum pyreg_status mask_source_init(struct mask_source *source, const struct pyre
     return PYREG_OK;
 }
 
-/* ---- Windows ------------------------------------------------------------------------------------------------------ */
+/* ---- Windows ----------------------------------------------------------------------------------------------------- */
 
 void mask_window_init(struct mask_window *w, const struct mask_source *source) {
     w->source = source;
@@ -82,7 +82,7 @@ static void put_word(uint32_t *keep, size_t at, uint32_t word) {
     keep[at / 32 + 1] = (uint32_t)(pair >> 32);
 }
 
-/* ---- Rows whose bits are not just neighbours ----------------------------------------------------------------------- */
+/* ---- Rows whose bits are not just neighbours --------------------------------------------------------------------- */
 
 /* n bits: each of those from `at` on in from[] fills a run; the first has been used `skip` times. */
 static void spread_bits(const uint32_t *from, size_t at, size_t run, size_t skip, size_t n, uint32_t *keep) {

@@ -265,9 +265,9 @@ AT_LOAD static void at_load(void) {
 /* ---- Regions ----------------------------------------------------------------------------------------------------- */
 
 /* From here on, in one thread's time, no op loses by a second thread, whatever its CPU does.  If that is idle, two win
- * from 75 us (philox) to 190 us (threefry) on; beside a busy process two take 1.1 to 2 times as long as one at 50 to 130
- * us, 1.0 to 1.2 times at 100 to 500 us, and then no longer.  Measured with `./run bench scaling --neighbour` on 2 CPUs
- * of a virtual machine: docs/performance.md. */
+ * from 75 us (philox) to 190 us (threefry) on; beside a busy process two take 1.1 to 2 times as long as one at 50 to
+ * 130 us, 1.0 to 1.2 times at 100 to 500 us, and then no longer.  Measured with `./run bench scaling --neighbour` on 2
+ * CPUs of a virtual machine: docs/performance.md. */
 static const double built_parallel_from = 200e3;
 static double set_parallel_from = -1; /* negative: as built */
 

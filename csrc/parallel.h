@@ -4,8 +4,8 @@
 
 #include "pyreg.h"
 
-/* A phase is `chunks` calls run(work, 0 .. chunks - 1, scratch), in any order, on any thread, claimed one by one.  Phases
- * run one after the other: all chunks of one are done before the next starts. */
+/* A phase is `chunks` calls run(work, 0 .. chunks - 1, scratch), in any order, on any thread, claimed one by one.
+ * Phases run one after the other: all chunks of one are done before the next starts. */
 struct phase {
     size_t chunks;
     void (*run)(void *work, size_t chunk, void *scratch);

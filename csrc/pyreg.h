@@ -43,7 +43,7 @@ enum pyreg_dtype { PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16, PYREG_NUM_DTYPES
 
 enum { PYREG_MAX_DIMS = 64 };
 
-/* An operand of a function.  Inputs are not written.  data NULL: there is no such operand, and `strides` is not read. */
+/* An operand.  Inputs are not written.  data NULL: there is no such operand, and `strides` is not read. */
 struct pyreg_array {
     void *data;             /* the first element */
     const int64_t *strides; /* from an element to the next along each dim, in bytes */
@@ -95,7 +95,7 @@ enum pyreg_status pyreg_dropout(const struct pyreg_dropout *args);
 /* 1 / (1 - rate), rounded as XLA rounds it for the dtype. */
 double pyreg_dropout_scale(enum pyreg_dtype dtype, double rate);
 
-/* The mask itself for indices offset .. offset + n - 1, 1 = kept: a byte an element (0 or 1), or packed, LSB first,
+/* The mask itself for indices offset .. offset + n - 1, 1 = kept: a byte per element (0 or 1), or packed, LSB first,
  * in (n + 7) / 8 bytes with the spare bits 0. */
 enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bool packed, uint8_t *out);
 
@@ -104,8 +104,7 @@ void pyreg_philox4x32_10(const uint32_t key[2], const uint32_t counter[4], uint3
 void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]);
 
 /* ---- Batch-norm --------------------------------------------------------------------------------------------------
- * x has `shape`; dim `axis` counts the channels; the n elements of a channel share a mean and a
- * (biased) variance.
+ * x has `shape`; dim `axis` counts the channels; the n elements of a channel share a mean and a (biased) variance.
  *
  *   forward    y = (x - mean) * (scale / sqrt(var + epsilon)) + bias, mean and var those of x, or of x where mask is
  *              true
@@ -119,16 +118,17 @@ void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uin
  *              the forward's output, dy counts where y > 0 and is 0 elsewhere; that is written to dresidual if not
  *              NULL.
  *
- * Types.    mean, var, scale, bias and their gradients: contiguous, a value per channel; float, or double with PYREG_F64.
- *           mask: a bool (a byte, 0 or 1) per element.  The arithmetic is that of their type, sums are in double, half types are rounded once, at the end.
+ * Types.    mean, var, scale, bias and their gradients: contiguous, a value per channel; float, or double with
+ *           PYREG_F64. mask: a byte per element, 0 or 1.  The arithmetic is that of the statistics' type, sums are in
+ *           double, half types are rounded once, at the end.
  * Optional. scale (1), bias (0), mask, residual, dmean, dvar, dresidual, y of the backward without relu: NULL.
  *           y of the forward: NULL for mean and var alone.  mean_low: what the mean is more than `mean`; or NULL.
  * In place. y may be x or residual; dx and dresidual may be dy, x or y (one each).
  * Accuracy. var is within 4e-7 of itself for |mean| / std up to 1e7; a channel of equal elements gives exactly bias.
  * Range.    A float var is inf where it is above 3.4e38 (std 1.8e19), and loses digits below 1.2e-38.  y of the forward
  *           is right all the same, and so are the gradients: backward takes such a var from x again, if epsilon does
- *           not hide it.  Inference knows only the var given: with inf y is bias.  Double: sums of squares that overflow
- *           (from a std of about 1e150 on) give an infinite or NaN var, and nothing else either.
+ *           not hide it.  Inference knows only the var given: with inf y is bias.  Double: sums of squares that
+ *           overflow (from a std of about 1e150 on) give an infinite or NaN var, and nothing else either.
  * Bits.     The order of additions is a function of shape and of x's strides (backward: also dy's and y's); NaN and
  *           Inf stay in their channel (which NaN, of the many, is not promised).
  * Edges.    A channel without elements, or whose mask is all false: mean and var are NaN.

@@ -5,8 +5,8 @@
 #include <string.h>
 
 /* Rows shorter than SHORT_ROW take longer than copies of several dims, whose inner loop is longer than SHORT_LOOP if it
- * can be.  Those go TILE_OF_DIMS elements at a time: few enough to keep their cache lines for the next row, and many for
- * the groups of bits that they use in part only. */
+ * can be.  Those go TILE_OF_DIMS elements at a time: few enough to keep their cache lines for the next row, and many
+ * for the groups of bits that they use in part only. */
 enum { SHORT_ROW = 32, SHORT_LOOP = 16, TILE_OF_DIMS = 2 * MASK_GROUP };
 
 _Static_assert(1 << (MAX_BOX - 1) >= MASK_GROUP, "a row has room for the dims of a group, and for one of a run");
@@ -105,8 +105,8 @@ static void add_inner(struct rows *rows, struct dim *dim) {
     dim->length = 1;
 }
 
-/* Another row: dims whose bits follow each other, until they are a group, and inside of them the dim of elements next to
- * each other, if these share a bit. */
+/* Another row: dims whose bits follow each other, until they are a group, and inside of them the dim of elements next
+ * to each other, if these share a bit. */
 static void plan_long_rows(struct rows *rows, struct dim *dims) {
     const struct dim row = rows->inner[0];
     const size_t run = rows->bits.run;

@@ -21,7 +21,8 @@ int append_dim(struct dim *dims, int n, const struct dim *dim);
 /* Inserts a dim behind all those that do not reach less far (stable); returns n + 1. */
 int insert_dim(struct dim *dims, int n, const struct dim *dim, int64_t (*reach)(const struct dim *dim));
 
-/* Adds (modulo 2^64) to at[k] how far element `index` of the dims, in C order, lies from the first in operand k < operands. */
+/* Adds (modulo 2^64) to at[k] how far element `index` of the dims, in C order, lies from the first in operand k <
+ * operands. */
 void add_offsets(const struct dim *dims, int n, size_t index, int operands, int64_t *at);
 
 /* Copies a box of elements of `size` bytes between two arrays.  Dim 0 is the innermost; strides are in bytes. */

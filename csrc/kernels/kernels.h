@@ -30,8 +30,8 @@ struct draw {
     size_t num_bytes;
 };
 
-/* Loops that make mask bits: one table per instruction set.  `first` is the index of word 0's element 0 divided by 32; `words` is a
- * multiple of MASK_GROUP / 32; keep[] is aligned to 64 bytes. */
+/* Loops that make mask bits: one table per instruction set.  `first` is the index of word 0's element 0 divided by 32;
+ * `words` is a multiple of MASK_GROUP / 32; keep[] is aligned to 64 bytes. */
 struct mask_kernels {
     void (*prepare)(struct draw *draw); /* fills in the fields below `limit` */
     void (*philox)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);

@@ -1,5 +1,5 @@
-/* Vectors of elements of one type: what the loops of dropout and batch-norm load, compute with, and store.  Together with
- * vec.h and stream.h the only place where one instruction set differs from another. */
+/* Vectors of elements of one type: what the loops of dropout and batch-norm load, compute with, and store.  Together
+ * with vec.h and stream.h the only place where one instruction set differs from another. */
 #ifndef PYREG_KERNELS_LANES_H
 #define PYREG_KERNELS_LANES_H
 
@@ -10,7 +10,7 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 /* ---- A vector of elements as bits, for dropout.  Spelled out because compilers find these in a plain loop on some
- * targets only. ----------------------------------------------------------------------------------------------------- */
+ * targets only. ---------------------------------------------------------------------------------------------------- */
 
 #if defined(PYREG_F32)
 typedef uint32_t elem_bits;
@@ -92,7 +92,7 @@ static inline vec scaled(const elem_t *x, acc_t scale) {
 }
 #endif
 
-/* ---- Elements as computed (narrow) and summed (wide), for batch-norm ----------------------------------------------- */
+/* ---- Elements as computed (narrow) and summed (wide), for batch-norm --------------------------------------------- */
 
 typedef acc_t narrow __attribute__((vector_size(LANES64 * sizeof(acc_t))));
 typedef __typeof__((narrow){0} > (narrow){0}) narrow_bits;

@@ -18,7 +18,7 @@ static inline void philox4x32(const uint32_t key[2], const uint32_t counter[4], 
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-/* One counter a 64-bit lane, its words in the low halves: a widening product then gives both halves that a round
+/* One counter per 64-bit lane, its words in the low halves: a widening product then gives both halves that a round
  * wants, and the garbage above is never looked at. */
 struct philox_state {
     vec64 c0, c1, c2, c3;

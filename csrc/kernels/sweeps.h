@@ -8,7 +8,7 @@
 
 #include <math.h>
 
-/* Coefficients in the precision of the computation: one a line, or one a column; these are repeated past the end so
+/* Coefficients in the precision of the computation: one per line, or one per column; these are repeated past the end so
  * that a cache line of elements finds its own whatever column it starts in. */
 struct coefficients {
     acc_t centre[BN_COLUMNS + LINE], gain[BN_COLUMNS + LINE], slope[BN_COLUMNS + LINE], offset[BN_COLUMNS + LINE];
@@ -230,8 +230,8 @@ static void bn_differentiate(const struct bn_block *b, const struct bn_coefficie
         sweep(b, k, true, b->relu, masked, residual);
 }
 
-/* What bn_differentiate does where there is a slope, else bn_normalise, in double: for coefficients and differences that
- * a float does not hold. */
+/* What bn_differentiate does where there is a slope, else bn_normalise, in double: for coefficients and differences
+ * that a float does not hold. */
 static void bn_sweep_wide(const struct bn_block *b, const struct bn_coefficients *c) {
     const double floor = b->relu ? 0 : -INFINITY;
     for (size_t r = 0; r < b->rows; r++) {
