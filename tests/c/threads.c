@@ -16,6 +16,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#if defined(__SANITIZE_THREAD__)
+#define UNDER_THREAD_SANITIZER 1
+#elif defined(__has_feature)
+#define UNDER_THREAD_SANITIZER __has_feature(thread_sanitizer)
+#else
+#define UNDER_THREAD_SANITIZER 0
+#endif
+
 enum { CALLERS = 8, ROUNDS = 30, N = 4000, CHANNELS = 50, SIZE = N * CHANNELS };
 
 static float x[SIZE], want_dropout[SIZE], want_norm[SIZE];
@@ -104,7 +112,7 @@ int main(void) {
 
     pyreg_set_interrupt_check(stop);
     expect(long_call(10000000, y) == PYREG_INTERRUPTED && checks == 1, "stopped");
-#ifndef __SANITIZE_THREAD__ /* that lets no threads start in a child */
+#if !UNDER_THREAD_SANITIZER /* which lets no threads start in a child */
     checks = 0;
     pyreg_set_interrupt_check(fork_once);
     expect(long_call(1, want_dropout) == PYREG_OK, "one row");
