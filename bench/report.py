@@ -1,10 +1,11 @@
-"""Run all benchmarks and bring the documentation up to date: docs/performance.md, its plots, and the README's tables.
+"""Run all benchmarks and bring the documentation up to date: its tables and its plots.
 
     python -m bench report [--quick] [--only compare plan] [--no-run]
 
-The figures of each command go to a JSON file and a plot in docs/performance/.  Then every part of the documents
-between <!-- bench: NAME --> and <!-- /bench --> is written anew from these files; the rest of the documents is left
-alone.  --no-run writes them from the files that are there.  Takes a quarter of an hour on a quiet machine with 2 CPUs.
+The figures of each command go to a JSON file and a plot in docs/performance/.  Then every part of README.md and of the
+pages in docs/ that lies between <!-- bench: NAME --> and <!-- /bench --> is written anew from these files; the rest of
+the pages is left alone.  --no-run writes these parts from the files that are there.  --quick only touches
+docs/performance.md.  All of it takes a quarter of an hour on a quiet machine with 2 CPUs.
 """
 
 import json
@@ -33,20 +34,26 @@ def add_arguments(parser):
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--no-run", action="store_true", help="only write the documents, from the files that are there")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance", help="where the files are")
-    parser.add_argument("--documents", type=Path, nargs="*", help="docs/performance.md and, if not --quick, README.md")
+    parser.add_argument("--documents", type=Path, nargs="*", help="Markdown files to bring up to date")
 
 
 def run(args):
     failed = [] if args.no_run else [name for name in args.only if not measure(name, args)]
     results = {path.stem: json.loads(path.read_text()) for path in sorted(args.docs.glob("*.json"))}
     if args.documents is None:
-        args.documents = [ROOT / "docs" / "performance.md", *[ROOT / "README.md"] * (not args.quick)]
+        args.documents = [ROOT / "docs" / "performance.md"] if args.quick else documents()
     for document in args.documents:
         text = document.read_text()
         document.write_text(filled(text, results))
         console.print(f"wrote {document}")
     if failed:
         raise SystemExit(f"{' '.join(failed)} failed; the files from before are still there")
+
+
+def documents():
+    """The pages that have figures."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in pages if "<!-- bench: " in page.read_text()]
 
 
 def measure(name, args):
