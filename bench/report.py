@@ -57,7 +57,7 @@ def documents():
 
 
 def measure(name, args):
-    """A process for each: what one leaves behind must not disturb the next."""
+    """Runs a command in a process of its own, so that what it leaves behind does not disturb the next one."""
     files = ["--json", args.docs / f"{name}.json", "--plot", args.docs / f"{name}.svg"]
     command = [sys.executable, ROOT / "bench", name, *COMMANDS[name], *["--quick"] * args.quick, *files]
     console.rule(" ".join(map(str, command[2:])))
@@ -82,7 +82,7 @@ def filled(text, results):
 
 
 def machines(results):
-    """The machine of each file; they are one, if all were run together."""
+    """The machine, which is the same for all files if they were made together, and the time of each file."""
     texts = []
     for name, result in results.items():
         found = result["machine"]
@@ -114,7 +114,7 @@ def losses(results):
 
 
 def noise(results):
-    """How many ratios may not come out again."""
+    """How many ratios may come out differently in another run."""
     rows = []
     for name, result in results.items():
         found = list(output.ratios(result["records"]))
