@@ -31,7 +31,7 @@ from bench.output import bytes_text, console, number_text, time_text
 from bench.roofline import kernel_calls, shape_of
 from bench.scaling import call_of
 
-REMOTE = 0.7  # of the bandwidth that is left where pages are interleaved over several nodes: an assumption
+REMOTE = 0.7  # the share of the bandwidth that is left where pages are interleaved over several nodes: an assumption
 SHARED_FROM = timing.BUILT["parallel_from_ns"] * 1e-9
 
 
@@ -95,7 +95,7 @@ def measure(args):
     calls = kernel_calls(kernels, "float32", sizes["L2"], 1)
     found = {name: s.min() for name, s in timing.interleave(calls, args).items()}
     measured = {"region": region(args), "levels": {}, "kernels": {}}
-    for level in list(sizes)[1:]:  # a call is too long for what the first holds
+    for level in list(sizes)[1:]:  # a call takes too long for what the first level holds
         team = bandwidth.Team(1, sizes[level])
         moved = {kind: team.run(kind) for kind in ("copy", "read")}
         rates = timing.interleave({kind: lambda kind=kind, team=team: team.run(kind) for kind in moved}, args)
@@ -112,7 +112,7 @@ def measure(args):
 
 
 def region(args):
-    """Two threads on almost nothing over one: what starting and joining them costs."""
+    """Two threads against one on a small array: what it costs to start and to join them."""
     if machine.cpus() < 2:
         return 5e-6
     _, copy = call_of("philox", 1 << 19)  # two chunks
@@ -156,7 +156,7 @@ def predict(measured, name, nbytes, cores, node_rate):
 
 
 def check(measured, args):
-    """The formula against this machine, with the bandwidth of all its CPUs in place of a node's."""
+    """The formula against this machine, with the bandwidth of all its CPUs instead of that of a node."""
     threads = machine.cpus()
     level = bandwidth.levels()["memory"]
     team = bandwidth.Team(threads, level // threads)
