@@ -16,7 +16,7 @@ COMMANDS = {
     "roofline": "bandwidth of each cache level, and how far each kernel is from it",
     "scaling": "one op over threads and sizes; with a busy neighbour; where threads pay",
     "plan": "what the figures of this machine predict for larger ones",
-    "report": "run all of these and write docs/performance.md",
+    "report": "run all of these and write the figures into the documentation",
 }
 
 

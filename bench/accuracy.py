@@ -2,9 +2,9 @@
 
     python -m bench accuracy [--quick] [--elements 1048576] [--channels 2] [--threads 1] [--markdown]
 
-Data are normal with standard deviation 1 and the mean in the first column.  For each contender: the relative error of
-the variance, and the error of y in units in the last place of the largest element, both the worst of the channels and
-against float64.
+The data are normal, with standard deviation 1 and the mean that is in the first column.  For each contender there are
+the relative error of the variance, and the error of y in units in the last place of the largest element.  Both are
+those of the worst channel, and are taken against float64.
 """
 
 import numpy as np
@@ -54,7 +54,7 @@ def contenders(axis, threads):
 
 
 def reference(x, axis):
-    """In float64; the mean is taken twice, the second time of the differences from the first."""
+    """y and the variance in float64.  The mean is taken twice, the second time of the differences from the first."""
     others = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
     d = x.astype(np.float64)
     for _ in range(2):
@@ -82,7 +82,7 @@ def text(error):
 
 
 def markdown(result):
-    """The documentation's table: both layouts, every second mean."""
+    """The table of the documentation: both layouts, every second mean."""
     chosen = [r for r in result["records"] if r["mean"] in MEANS[::2]]
     rows = [[r["layout"], f"{r['mean']:g}", *("; ".join(text(e)) for e in r["errors"].values())] for r in chosen]
     table = output.markdown_table(["", "mean / std", *chosen[0]["errors"]], rows, left=1)
@@ -108,7 +108,7 @@ def run(args):
             errors = measure(mean, axis, shape(elements, args.channels), calls)
             rows.append([f"{mean:g}", *("  ".join(text(e)) for e in errors.values())])
             records.append({"layout": layout, "mean": mean, "errors": errors})
-        title = f"float32, {elements:,} elements a channel, {layout}: relative error of var, error of y in ulp"
+        title = f"float32, {elements:,} elements per channel, {layout}: relative error of var, error of y in ulp"
         output.print_table(title, ["mean / std", *calls], rows)
     more = {"elements": elements, "channels": args.channels, "threads": args.threads}
     output.finish(args, found, records, lambda path: plot(records, found, path), **more)
@@ -117,7 +117,7 @@ def run(args):
 
 
 def plot(records, found, path):
-    """The variance's error against the mean."""
+    """The error of the variance over the mean."""
     fig, axes = output.figure(1, len(LAYOUTS), f"float32 batch statistics; {machine.versions(found, PACKAGES)}")
     for ax, layout in zip(axes[0], LAYOUTS, strict=True):
         chosen = [r for r in records if r["layout"] == layout]

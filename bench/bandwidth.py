@@ -1,9 +1,9 @@
 """How fast this machine copies, reads and writes: NumPy's own loops, on data of each cache level.
 
-A copy is the C library's memmove, through np.copyto; a read is the largest of int32; a write is copyto of one page
-again and again.  NumPy releases the GIL in all of them, so a thread of a pool has one CPU each.  Passes over data in a
-cache are repeated inside one call.  glibc reads when the process starts from which size on memmove stores around the
-cache: the copy with non-temporal stores runs in a process of its own.
+A copy is the C library's memmove, through np.copyto.  A read is the maximum of int32.  A write is copyto of the same
+page again and again.  NumPy releases the GIL in all of them, so each thread of a pool has a CPU of its own.  Passes
+over data in a cache are repeated inside one call.  From which size on memmove stores around the cache is a setting that
+glibc reads when a process starts, so the copy with non-temporal stores runs in another process.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from bench import machine
 
 PAGE = 4096
 PASSES_BYTES = 32 << 20  # of small data, in one call
-RELEASES_GIL_FROM = 500  # elements, of any length
+RELEASES_GIL_FROM = 500  # elements, however long they are
 
 
 def levels():
-    """Bytes of a working set for one thread in each level; half of a cache, four times the last one."""
+    """Bytes of a working set for one thread in each level: half of a cache; for memory, four times the last cache."""
     caches = machine.caches()
     last = max(caches.values())
     sets = {name: size // 2 for name, size in caches.items()}
@@ -30,7 +30,7 @@ def levels():
 
 
 def share(level, size, threads):
-    """A thread's part of a working set: it has L1 and L2 for itself."""
+    """The part of a working set that a thread has.  L1 and L2 are its own, the last cache and memory are shared."""
     shared = level == "memory" or level == max(machine.caches())
     return size // threads if shared else size
 
@@ -42,7 +42,7 @@ def aligned(nbytes):
 
 
 class Loops:
-    """The three loops over one thread's bytes.  Each returns how many bytes went by."""
+    """The three loops over the bytes of one thread.  Each returns how many bytes it has moved."""
 
     def __init__(self, nbytes):
         nbytes -= nbytes % (2 * PAGE)
@@ -53,7 +53,7 @@ class Loops:
 
     def copy(self):
         if self.passes > RELEASES_GIL_FROM:
-            # An element as long as the array, and a stride of 0: NumPy calls memmove for each pass.
+            # One element is as long as the array, and the stride is 0: so NumPy calls memmove once for each pass.
             x, y = (as_strided(a.view(f"V{a.size}"), (self.passes,), (0,)) for a in (self.source, self.target))
             np.copyto(y, x)
         else:
@@ -73,7 +73,7 @@ class Loops:
 
 
 def kinds(level):
-    """A pass over the first-level cache is shorter than a call, and only copies can be repeated inside one."""
+    """What can be measured: a pass over L1 is shorter than a call, and only copies can be repeated inside one call."""
     return ("copy",) if level == "L1" else ("copy", "read", "write")
 
 
@@ -99,7 +99,7 @@ def _elsewhere(threads, nbytes):
 
 
 class StreamingCopy:
-    """Copies of another process, whose glibc stores around the cache from 16 kB on."""
+    """Copies in another process, whose glibc stores around the cache from 16 kB on."""
 
     def __init__(self):
         tunables = os.environ.get("GLIBC_TUNABLES")

@@ -63,7 +63,7 @@ def run(args):
 
 
 def parameters(name, args):
-    """Those of the file in shapes/, or what the command line says."""
+    """The parameters of the file in shapes/, or those of the command line."""
     params = cases.shapes(name)["quick" if args.quick else "full"]
     params |= {
         k: v for k, v in (("dtype", args.dtypes), ("shape", args.shapes), ("rate", args.rates)) if v and k in params
@@ -111,7 +111,7 @@ def measure(name, op, params, args):
 
 
 def cells(record, subject, name, over):
-    """The time and the time an element, or the ratio; None if it was not measured."""
+    """The time and the time per element, or the ratio; None if it was not measured."""
     name = name.format(subject)
     if over is None:
         seconds = record["seconds"].get(name, {}).get("median")
@@ -121,7 +121,7 @@ def cells(record, subject, name, over):
 
 
 def print_table(name, op, records):
-    # A peer that was not measured gets no column.
+    # A peer that was not measured has no column.
     columns = [c for c in op.COLUMNS if any(cells(r, s, *c[1:]) for r in records for s in op.SUBJECTS)]
     header = ["shape", "threads", ""]
     for text, _, over in columns:
@@ -138,14 +138,14 @@ def print_table(name, op, records):
 
 
 def print_details(details):
-    """What a module with details() has to say beside times."""
+    """What a module that has details() says beside the times."""
     rows = [["" if v is None else v if isinstance(v, str) else number_text(v) for v in d.values()] for d in details]
-    output.print_table("beside times", list(details[0]), rows, left=2)
+    output.print_table("memory and compilation", list(details[0]), rows, left=2)
     return details
 
 
 def losses(records):
-    """Where a peer was quicker: (record, ratio's name, ratio), the worst first."""
+    """Where a peer was quicker, the worst first: record, name of the ratio, ratio."""
     found = [
         (record, name, ratio)
         for record in records
@@ -171,7 +171,7 @@ def print_losses(records):
 
 
 def markdown(result, name):
-    """The documentation's table: the first of everything in TABLE_BY, most threads."""
+    """The table of the documentation: the first value of everything in TABLE_BY, all threads."""
     op, records = cases.load(name), [r for r in result["records"] if r["op"] == name]
     if not records:
         raise KeyError(name)
@@ -196,9 +196,9 @@ def markdown(result, name):
 
 
 def plot(name, records, found, path):
-    """Time an element, with most threads: for sizes a panel for each dtype, for other shapes one for each subject."""
+    """Time per element, with all threads.  Sizes have a panel for each dtype, other shapes one for each subject."""
     op = cases.load(name)
-    first = {by: records[0][by] for by in op.TABLE_BY if by != "dtype"}  # one rate is enough
+    first = {by: records[0][by] for by in op.TABLE_BY if by != "dtype"}  # of several rates, the first
     most = max(r["threads"] for r in records)
     records = [r for r in records if first.items() <= r.items() and r["threads"] == most]
     dtypes = list(dict.fromkeys(r["dtype"] for r in records))
@@ -214,7 +214,7 @@ def plot(name, records, found, path):
             if rows:
                 ax.plot([r["shape"] for r in rows], ns, style, color=f"C{k}", label=text, markersize=5)
         what = ", ".join([*([] if sizes else subjects), dtype, *(f"{a} {b}" for a, b in first.items())])
-        ax.set(title=f"{name}: {what}, {most} threads", ylabel="time an element [ns]", yscale="log")
+        ax.set(title=f"{name}: {what}, {most} threads", ylabel="time per element [ns]", yscale="log")
         if sizes:
             ax.set(xlabel="elements", xscale="log")
         else:
@@ -224,7 +224,7 @@ def plot(name, records, found, path):
 
 
 def plotted(op, subjects):
-    """Contenders of the tables, and what to call them in a plot: one subject needs no name."""
+    """The contenders of the tables, and what they are called in a plot.  A single subject needs no name."""
     names = {n.format(s): n for s in subjects for _, *pair in op.COLUMNS for n in pair if n}
     if len(subjects) > 1:
         return {name: name for name in names}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyreg
 
 PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax", "onednn-cpu-gomp")
-BUSY = 0.15  # CPUs that others may use before a figure is doubtful
+BUSY = 0.15  # CPUs that other processes may use before the figures are doubtful
 
 
 def cpus():
@@ -19,7 +19,7 @@ def cpus():
 
 
 def thread_counts():
-    """1, 2, 4, ... and all."""
+    """1, 2, 4, ... and the number of all CPUs."""
     return sorted({1 << k for k in range(cpus().bit_length()) if 1 << k <= cpus()} | {cpus()})
 
 
@@ -59,7 +59,7 @@ def version(package):
 
 
 def busy_cpus(seconds=0.3):
-    """How many CPUs were busy with any process over this time."""
+    """How many CPUs were busy during this time, with any process."""
 
     def clock():
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, read("/proc/stat").split("\n")[0].split()[1:9])

@@ -1,4 +1,4 @@
-"""Models in Flax nnx for train_step.py, as their authors would write them, and one training step of each."""
+"""Models in Flax nnx for train_step.py, written as for Flax alone, and one training step of each."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,7 +48,7 @@ class CNN(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A transformer's layer, with dropout at the attention's weights, the hidden layer and both branches."""
+    """A layer of a transformer, with dropout on the attention weights, on the hidden layer and on both branches."""
 
     def __init__(self, width: int, rate: float, rngs: nnx.Rngs):
         self.norms = nnx.List(nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
@@ -106,7 +106,7 @@ QUICK = ("transformer-64", "mlp-64", "cnn-8")
 
 
 def training_step(model: nnx.Module) -> tuple[Callable[[nnx.State, jax.Array], nnx.State], nnx.State]:
-    """A step of gradient descent as a function of the model's state and an input, and the state."""
+    """A step of gradient descent, which is a function of the state of the model and an input; and that state."""
     graph, state = nnx.split(model)
 
     def loss(model: nnx.Module, x: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def progress(cases, text):
 
 
 def finish(args, found, records, plot=None, **more):
-    """Writes what was asked for, and says whether the machine was too noisy."""
+    """Writes the files that were asked for, and says whether the machine was too noisy."""
     warn_of_noise(records)
     if args.json:
         about = {"command": args.command, "quick": args.quick, "machine": found, **more}
@@ -56,7 +56,7 @@ def write_json(path, content):
 
 
 def json_text(value, depth=0):
-    """A line for each record."""
+    """JSON with one line for each record."""
     if isinstance(value, list) and value:
         return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
     if isinstance(value, dict) and value and depth < 2:
@@ -75,7 +75,7 @@ def rounded(value):
 
 
 def ratios(value):
-    """All summaries of ratios in records, however deep."""
+    """All summaries of ratios in records, however deep they lie."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name == "ratios":
@@ -119,7 +119,7 @@ def bytes_text(n):
 
 
 def ratio_text(ratio):
-    """The median, in brackets the minimum; ~ where it is not steady."""
+    """The median, and in brackets the minimum; ~ where it is not steady."""
     return f"{'~' * unsteady(ratio)}{number_text(ratio['median'])} ({number_text(ratio['min'])})"
 
 
@@ -135,7 +135,7 @@ def integer(text):
 
 
 def print_table(title, header, rows, left=1):
-    """Columns are right-aligned but for the first few."""
+    """All columns but the first few are aligned to the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for i, text in enumerate(header):
         table.add_column(text, justify="left" if i < left else "right")

@@ -4,16 +4,22 @@
 
     time(p) = call + region * log2(p) + max(core / p, traffic / min(p * one, memory))
 
-Measured here, by one thread: `call`, the time of a call on next to nothing; `core`, the time of an array's elements
-when they are in the second-level cache; `one`, the bandwidth of one core in the level that holds the arrays, of copies
-and of reads; `region`, what a parallel region of two threads costs.  Assumed: the bandwidth of a NUMA node (`memory`;
-caches have no such limit, and are as large as here), and that a region costs as much again each time the threads
-double.  Below the size where threads pay p is 1.  The same formula for this machine's own threads is printed beside
-what they take: that is how far it can be trusted.
+These are measured here, by one thread:
 
-Pages lie on the node of the thread that first writes them, and pyreg's threads claim chunks in any order.  `one node`:
-an array was first written by one thread, as NumPy and PyTorch's loaders do; all cores then share that node's memory.
-`interleaved`: pages are spread over the nodes (numactl --interleave=all), of which half and more are remote.
+    call      the time of a call on a few elements
+    core      the time of all elements of an array, if they were in the second-level cache
+    one       the bandwidth of one core, of copies and of reads, in the level that holds the arrays
+    region    what a parallel region of two threads costs
+
+These are assumed: the bandwidth of a NUMA node (`memory`); that caches have no such limit, and are as large as here;
+and that a region costs the same amount once more each time that the number of threads doubles.  Where threads do not
+pay, p is 1.  The formula is also printed for the threads of this machine, beside the times that they take.  This shows
+how far it can be trusted.
+
+A page lies on the node of the thread that first writes it, and pyreg's threads claim chunks in any order.  `one node`:
+one thread has first written the whole array, as NumPy and the loaders of PyTorch do; then all cores share the memory of
+that node.  `interleaved`: the pages are spread over the nodes (numactl --interleave=all); then at least half are
+remote.
 """
 
 import math
@@ -25,7 +31,7 @@ from bench.output import bytes_text, console, number_text, time_text
 from bench.roofline import kernel_calls, shape_of
 from bench.scaling import call_of
 
-REMOTE = 0.7  # of the bandwidth is left where pages are interleaved over several nodes: an assumption
+REMOTE = 0.7  # the share of the bandwidth that is left where pages are interleaved over several nodes: an assumption
 SHARED_FROM = timing.BUILT["parallel_from_ns"] * 1e-9
 
 
@@ -42,7 +48,7 @@ def add_arguments(parser):
 
 def run(args):
     if len(args.cores) != len(args.nodes):
-        raise SystemExit(f"--cores has {len(args.cores)} numbers and --nodes {len(args.nodes)}; wanted as many")
+        raise SystemExit(f"--cores has {len(args.cores)} numbers and --nodes {len(args.nodes)}; wanted as many of both")
     found = output.start()
     measured = measure(args)
     print_measured(measured)
@@ -89,7 +95,7 @@ def measure(args):
     calls = kernel_calls(kernels, "float32", sizes["L2"], 1)
     found = {name: s.min() for name, s in timing.interleave(calls, args).items()}
     measured = {"region": region(args), "levels": {}, "kernels": {}}
-    for level in list(sizes)[1:]:  # a call is too long for what the first holds
+    for level in list(sizes)[1:]:  # a call takes too long for what the first level holds
         team = bandwidth.Team(1, sizes[level])
         moved = {kind: team.run(kind) for kind in ("copy", "read")}
         rates = timing.interleave({kind: lambda kind=kind, team=team: team.run(kind) for kind in moved}, args)
@@ -106,7 +112,7 @@ def measure(args):
 
 
 def region(args):
-    """Two threads on almost nothing over one: what starting and joining them costs."""
+    """Two threads against one on a small array: what it costs to start and to join them."""
     if machine.cpus() < 2:
         return 5e-6
     _, copy = call_of("philox", 1 << 19)  # two chunks
@@ -122,14 +128,14 @@ def print_measured(measured):
         )
     console.print(f"measured: a parallel region of two threads {time_text(measured['region'])}")
     rows = [[name, time_text(k["call"]), f"{k['core'] * 1e9:.3f}"] for name, k in measured["kernels"].items()]
-    output.print_table("measured: one core", ["kernel", "call", "ns an element"], rows)
+    output.print_table("measured: one core", ["kernel", "call", "ns per element"], rows)
 
 
 # ---- Predicted -------------------------------------------------------------------------------------------------------
 
 
 def predict(measured, name, nbytes, cores, node_rate):
-    """node_rate: bytes a second of all the memory that the pages are on."""
+    """node_rate: bytes per second of all the memory that the pages are on."""
     k, levels = measured["kernels"][name], measured["levels"]
     arithmetic = k["core"] * nbytes / 4
     fits = [level for level in levels.values() if (level["bytes"] or math.inf) >= k["arrays"] * nbytes]
@@ -150,7 +156,7 @@ def predict(measured, name, nbytes, cores, node_rate):
 
 
 def check(measured, args):
-    """The formula against this machine, with the bandwidth of all its CPUs in place of a node's."""
+    """The formula against this machine, with the bandwidth of all its CPUs instead of that of a node."""
     threads = machine.cpus()
     level = bandwidth.levels()["memory"]
     team = bandwidth.Team(threads, level // threads)

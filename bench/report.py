@@ -1,10 +1,11 @@
-"""Run all benchmarks and bring the documentation up to date: docs/performance.md, its plots, and the README's tables.
+"""Run all benchmarks and bring the documentation up to date: its tables and its plots.
 
     python -m bench report [--quick] [--only compare plan] [--no-run]
 
-The figures of each command go to a JSON file and a plot in docs/performance/.  Then every part of the documents
-between <!-- bench: NAME --> and <!-- /bench --> is written anew from these files; the rest of the documents is left
-alone.  --no-run writes them from the files that are there.  Takes a quarter of an hour on a quiet machine with 2 CPUs.
+The figures of each command go to a JSON file and a plot in docs/performance/.  Then every part of README.md and of the
+pages in docs/ that lies between <!-- bench: NAME --> and <!-- /bench --> is written anew from these files; the rest of
+the pages is left alone.  --no-run writes these parts from the files that are there.  --quick only touches
+docs/performance.md.  All of it takes a quarter of an hour on a quiet machine with 2 CPUs.
 """
 
 import json
@@ -33,14 +34,14 @@ def add_arguments(parser):
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--no-run", action="store_true", help="only write the documents, from the files that are there")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance", help="where the files are")
-    parser.add_argument("--documents", type=Path, nargs="*", help="docs/performance.md and, if not --quick, README.md")
+    parser.add_argument("--documents", type=Path, nargs="*", help="Markdown files to bring up to date")
 
 
 def run(args):
     failed = [] if args.no_run else [name for name in args.only if not measure(name, args)]
     results = {path.stem: json.loads(path.read_text()) for path in sorted(args.docs.glob("*.json"))}
     if args.documents is None:
-        args.documents = [ROOT / "docs" / "performance.md", *[ROOT / "README.md"] * (not args.quick)]
+        args.documents = [ROOT / "docs" / "performance.md"] if args.quick else documents()
     for document in args.documents:
         text = document.read_text()
         document.write_text(filled(text, results))
@@ -49,8 +50,14 @@ def run(args):
         raise SystemExit(f"{' '.join(failed)} failed; the files from before are still there")
 
 
+def documents():
+    """The pages that have figures."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in pages if "<!-- bench: " in page.read_text()]
+
+
 def measure(name, args):
-    """A process for each: what one leaves behind must not disturb the next."""
+    """Runs a command in a process of its own, so that what it leaves behind does not disturb the next one."""
     files = ["--json", args.docs / f"{name}.json", "--plot", args.docs / f"{name}.svg"]
     command = [sys.executable, ROOT / "bench", name, *COMMANDS[name], *["--quick"] * args.quick, *files]
     console.rule(" ".join(map(str, command[2:])))
@@ -75,7 +82,7 @@ def filled(text, results):
 
 
 def machines(results):
-    """The machine of each file; they are one, if all were run together."""
+    """The machine, which is the same for all files if they were made together, and the time of each file."""
     texts = []
     for name, result in results.items():
         found = result["machine"]
@@ -107,7 +114,7 @@ def losses(results):
 
 
 def noise(results):
-    """How many ratios may not come out again."""
+    """How many ratios may come out differently in another run."""
     rows = []
     for name, result in results.items():
         found = list(output.ratios(result["records"]))

@@ -2,12 +2,15 @@
 
     python -m bench roofline [--quick] [--dtypes float32] [--threads 1 2] [--markdown]
 
-Bandwidth is measured with NumPy's own loops (bench/bandwidth.py), the best of ordinary and non-temporal copies.  What
-a kernel has to read and copy is in bench/shapes/roofline.toml; its limit is the time of these reads and copies in the
-same level, by as many threads, taken in turns with it.  A ratio below 1 is no error: kernels prefetch, and memmove
-does not always.  `core` is the kernel's time on data in the second-level cache, by one thread, over the number of
-threads.  Where a kernel is further than 1.3 times from its limit, `time goes to` arithmetic if core alone explains it,
-to both in turns if core and limit do together, and else to neither: to waiting, or to traffic that was not counted.
+Bandwidth is measured with NumPy's own loops (bench/bandwidth.py): the better one of ordinary and non-temporal copies.
+What a kernel has to read and to copy is in bench/shapes/roofline.toml.  Its limit is the time of these reads and copies
+in the same level and by as many threads, measured in turns with the kernel.  A ratio below 1 is no error: kernels
+prefetch, and memmove does not always.
+
+`core` is the time of the kernel on data in the second-level cache, by one thread, divided by the number of threads.  If
+a kernel takes more than 1.3 times its limit, `time goes to` says why: to arithmetic, if core alone explains the time;
+to both in turns, if core and limit together do; otherwise to neither, which means waiting, or traffic that was not
+counted.
 """
 
 import math
@@ -17,7 +20,7 @@ import numpy as np
 from bench import bandwidth, cases, machine, output, timing
 from bench.output import bytes_text, console
 
-FAR = 1.3  # from its limit: then it is said why
+FAR = 1.3  # times the limit: a kernel that takes longer is explained
 FROM = "L2"  # a call takes microseconds: too long for what L1 holds
 
 
@@ -101,7 +104,7 @@ def shape_of(kernel, nbytes, dtype):
 
 
 def measure_kernels(kernels, dtypes, args, streaming):
-    """Each kernel in turns with the copy and the read of its level.  L2 is for one thread: pyreg uses no more there."""
+    """Each kernel in turns with the copy and the read of its level; L2 by one thread, as pyreg uses no more there."""
     chosen = [(d, *p) for d in dtypes for p in places(args, FROM) if not (p[0] == "L2" and p[2] > 1)]
     moved = {}
 
@@ -126,7 +129,7 @@ def measure_kernels(kernels, dtypes, args, streaming):
 
 
 def against_limit(kernel, dtype, level, size, threads, samples, copy, read):
-    """copy, read: samples of the seconds a byte."""
+    """copy, read: samples of seconds per byte."""
     name, (shape, _) = kernel["name"], shape_of(kernel, size, dtype)
     elements = cases.load(kernel["op"]).elements(shape)
     seconds = (samples[name] - np.median(samples[f"call of {name}"])) / elements
@@ -144,7 +147,7 @@ def against_limit(kernel, dtype, level, size, threads, samples, copy, read):
 
 
 def kernel_calls(kernels, dtype, size, threads):
-    """Each kernel on data of the level, and on next to nothing."""
+    """Each kernel on data of the level, and on a few elements."""
     calls = {}
     for kernel in kernels:
         op = cases.load(kernel["op"])
@@ -155,7 +158,7 @@ def kernel_calls(kernels, dtype, size, threads):
 
 
 def bound(record):
-    """What the kernel's time is spent on: the limit and the core's time, one hidden behind the other or not."""
+    """What the time of the kernel is spent on: memory and arithmetic may hide behind each other, or take turns."""
     seconds, limit, core = record["seconds"]["median"], record["limit"]["median"], record["core"]
     if seconds <= FAR * limit:
         return "memory"
@@ -185,7 +188,7 @@ def print_kernels(dtype, records):
 
 
 def explanations(records):
-    """A sentence for each kernel that is far from its limit beyond the cache, all threads."""
+    """A sentence for each kernel that is far from its limit, in memory and with all threads."""
     config = cases.shapes("roofline")
     most = max((r["threads"] for r in records), default=1)
     for kernel in config["kernel"]:
@@ -198,16 +201,16 @@ def explanations(records):
 
 
 def markdown(result):
-    """The documentation's tables: bandwidth, and the kernels in float32."""
+    """The tables of the documentation: bandwidth, and the kernels in float32."""
     records = result["records"]
     kernels = [r for r in records["kernels"] if r["dtype"] == records["kernels"][0]["dtype"]]
     return "\n\n".join(
         [
             f"Bandwidth in GB/s, median (best), on {machine.title(result['machine'])}; a copy counts both ways.",
             output.markdown_table(BANDWIDTH_HEADER, bandwidth_rows(records["bandwidth"]), left=1),
-            f"Kernels, {kernels[0]['dtype']}: nanoseconds an element, less the time of a call.",
+            f"Kernels, {kernels[0]['dtype']}: nanoseconds per element, without the time of a call.",
             output.markdown_table(KERNEL_HEADER, kernel_rows(kernels), left=1),
-            "Further than 1.3 times from the limit beyond the cache, all threads:",
+            "In memory and with all threads, these take more than 1.3 times the limit:",
             "\n".join(f"* {sentence}" for sentence in explanations(records["kernels"])) or "None.",
         ]
     )

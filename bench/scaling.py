@@ -2,14 +2,14 @@
 
     python -m bench scaling [--quick] [--calls philox forward] [--sizes 1e6] [--threads 1 2] [--neighbour] [--stores]
 
-Strong: the same array for any number of threads.  Weak: an array for each thread.  Threads are used at every size,
-also where the library would not: `pay from` is where they begin to win, in time of one thread, and beside it is what
-is built in.  Efficiency is the speedup over the number of threads; `copy` is that of pyreg's dropout at rate 0, which
-is a copy by as many threads: no kernel can scale better for long.
+Strong scaling: the same array for any number of threads.  Weak scaling: an array for each thread.  Threads are used at
+every size, also where the library would not use them.  `pay from` is the size from which they win, with the time of one
+thread there; beside it is the time that is built in.  Efficiency is the speedup divided by the number of threads.
+`copy` is pyreg's dropout at rate 0, which is a copy by as many threads: no kernel can scale better than that for long.
 
---neighbour adds a process that computes all the time. A parallel region ends when its slowest thread does, and a thread
-that shares its CPU may wait for a whole time slice: so the tail counts, too.
---stores finds where stores around the cache win (they are built in from the size of the last-level cache on).
+--neighbour adds a process that computes all the time.  A parallel region ends when its slowest thread does, and a
+thread that shares its CPU may wait for a whole time slice.  So the slowest calls are shown, too.  --stores finds from
+which size on stores around the cache win.  Built in is the size of the last-level cache.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def each(contenders, pairs, text, calls, sizes, args):
 
 
 def call_of(name, nbytes, dtype="float32"):
-    """The call on an array of so many bytes, and the copy of it."""
+    """The call on an array of this many bytes, and a copy of that array."""
     op = cases.load(cases.shapes("scaling")["calls"][name])
     elements = max(1, nbytes // cases.numpy_dtype(dtype).itemsize)
     shape = elements
@@ -116,7 +116,7 @@ def strong(name, nbytes, args):
 
 
 def weak(name, nbytes, args):
-    """The same work for each thread: the time should stay."""
+    """The same work for each thread: the time should stay the same."""
     calls = {}
     for n in args.threads:
         call, copy = call_of(name, n * nbytes, args.dtype)
@@ -126,7 +126,7 @@ def weak(name, nbytes, args):
 
 
 def with_efficiency(records, threads, divide):
-    """Adds that of the call and of the copy, for each number of threads: the ratio over it, if it is to be divided."""
+    """Adds the efficiency of the call and of the copy for each number of threads.  divide: ratios by that number."""
     for r in records:
         for key, kind in (("efficiency", ""), ("copy efficiency", "copy ")):
             speedup = {n: r["ratios"][f"{kind}1 / {kind}{n}"]["median"] for n in threads[1:]}
@@ -135,7 +135,7 @@ def with_efficiency(records, threads, divide):
 
 
 def pay_from(records, threads):
-    """For each call: where all threads begin to win, interpolated between sizes; None: never, or at every size."""
+    """For each call, where threads begin to win, interpolated between sizes.  None: never, or at every size."""
     found = []
     for name in dict.fromkeys(r["call"] for r in records):
         rows = [r for r in records if r["call"] == name]
@@ -176,7 +176,7 @@ def strong_cells(r):
 
 def print_weak(records):
     rows = [[r["call"], bytes_text(r["bytes"]), *weak_cells(r)] for r in records]
-    header = ["call", "bytes a thread", *(t for n in records[0]["efficiency"] for t in (f"{n} threads", "copy's"))]
+    header = ["call", "bytes per thread", *(t for n in records[0]["efficiency"] for t in (f"{n} threads", "copy's"))]
     output.print_table("weak scaling: time of one thread over that of all", header, rows)
 
 
@@ -197,13 +197,13 @@ def pay_from_lines(result):
 
 # ---- A busy neighbour ------------------------------------------------------------------------------------------------
 
-# It ends by itself after ten minutes, should this process be killed before it can do that.
+# It ends by itself after ten minutes, in case this process is killed before it can end it.
 BUSY = "import time\nend = time.monotonic() + 600\nwhile time.monotonic() < end: pass"
 
 
 @contextlib.contextmanager
 def neighbour():
-    """A process that computes after SIGCONT and stops at SIGSTOP."""
+    """A process that computes; it is stopped at first (SIGSTOP, SIGCONT)."""
     process = subprocess.Popen([sys.executable, "-c", BUSY])
     process.send_signal(signal.SIGSTOP)
     try:
@@ -214,7 +214,7 @@ def neighbour():
 
 
 def times_of(call, seconds):
-    """The time of each call, one after the other, for so long."""
+    """The times of calls, one after the other, for this many seconds."""
     times = []
     end = time.perf_counter() + seconds
     while (start := time.perf_counter()) < end or len(times) < 3:
@@ -224,7 +224,7 @@ def times_of(call, seconds):
 
 
 def beside_neighbour(name, nbytes, args):
-    """The distribution of the time, idle and with the neighbour, in turns; over the median of one idle thread."""
+    """The distribution of the time, without and with the neighbour in turns, over the median of one thread without."""
     call, _ = call_of(name, nbytes, args.dtype)
     times = {(n, busy): [] for busy in (False, True) for n in args.threads}
     with neighbour() as process:
@@ -262,7 +262,7 @@ def print_neighbour(records):
 
 
 def stores(name, nbytes, args):
-    """The time with ordinary stores over that with stores around the cache, all threads."""
+    """Calls with ordinary stores and with stores around the cache, by all threads."""
     call, _ = call_of(name, nbytes, args.dtype)
     sizes = {"around": 1, "ordinary": sys.maxsize}
     return {kind: with_threads(args.threads[-1], call, cache_bytes=size) for kind, size in sizes.items()}
@@ -301,7 +301,7 @@ def markdown(result):
 
 
 def plot(records, found, path):
-    """Speedup over bytes: a panel for each number of threads."""
+    """Speedup over bytes, with a panel for each number of threads."""
     strong = records["strong"]
     threads = list(strong[0]["efficiency"])
     fig, axes = output.figure(1, max(1, len(threads)), machine.title(found), size=(6.5, 4))

@@ -1,4 +1,4 @@
-"""Interleaved timing, and what is said of the samples."""
+"""Interleaved timing, and summaries of the samples."""
 
 import math
 import time
@@ -10,10 +10,10 @@ import pyreg
 from pyreg import _core
 
 SAMPLE_SECONDS = 0.4e-3  # quick calls are repeated until a sample is about this long
-WARM_BELOW_SECONDS = 5e-3  # quicker ones run once untimed before each sample: what came before has filled the caches
+WARM_BELOW_SECONDS = 5e-3  # quicker calls run once untimed before each sample, to fill the caches with their own data
 UNSTEADY = 0.1  # a median that moves by more than this within the run may not come out again
 PASSES = 2
-LEAST_ROUNDS = 4  # in a pass
+LEAST_ROUNDS = 4  # of a pass, however long they take
 
 
 def add_arguments(parser):
@@ -24,8 +24,9 @@ def add_arguments(parser):
 def in_passes(cases, contenders, args, show=lambda steps: steps):
     """Samples of each case by contender: half of them in a first pass over all cases, half in a second.
 
-    contenders(case): the calls, and the pairs of names whose ratios are wanted.  What differs between two runs (where
-    arrays happen to lie, other work on the machine for a minute) then differs between the passes, too.
+    contenders(case) returns the calls, and the pairs of names whose ratios are wanted.  Some things differ between two
+    runs: where the arrays happen to lie, what else the machine does in that minute.  They differ between the passes,
+    too.
     """
     kept = [[] for _ in cases]
     each = type("Pass", (), {"rounds": math.ceil(args.rounds / PASSES), "seconds": args.seconds / PASSES})
@@ -36,10 +37,10 @@ def in_passes(cases, contenders, args, show=lambda steps: steps):
 
 
 def interleave(contenders, args, pairs=()):
-    """Seconds a call of each contender, one sample in each round: A B C, A B C, ...
+    """Seconds per call of each contender, one sample in each round: A B C, A B C, ...
 
-    Other work on the machine comes and goes in seconds.  It hits neighbouring samples alike, so the ratios of two
-    contenders within a round are steadier than their times.  While the median ratio of a pair is unsteady there are
+    Other work on the machine comes and goes within seconds.  It hits neighbouring samples alike, so the ratio of two
+    contenders within a round is steadier than their times.  As long as the median ratio of a pair is unsteady there are
     more rounds, up to three times as many.
     """
     timers = {name: timeit.Timer(call) for name, call in contenders.items()}
@@ -66,7 +67,7 @@ def ratio(samples, a, b):
 
 
 def summary(samples):
-    """spread: how far the medians of four parts of the run are from each other, at most."""
+    """Minimum and median; spread is how far the medians of four parts of the run are from each other, at most."""
     medians = [np.median(part) for part in np.array_split(samples, 4) if len(part)]
     spread = max(medians) / min(medians) - 1 if min(medians) > 0 else 1.0
     return {"min": float(np.min(samples)), "median": float(np.median(samples)), "spread": float(spread)}
@@ -85,11 +86,11 @@ def compared(samples, pairs):
     }
 
 
-BUILT = _core.config()  # the sizes at which calls change gear, for one
+BUILT = _core.config()  # among other things, the sizes at which calls change gear
 
 
 def with_threads(n, call, parallel_from=BUILT["parallel_from_ns"], cache_bytes=BUILT["cache_bytes"]):
-    """A call that first sets the number of threads, and the sizes at which calls change gear: a few stores."""
+    """A call that first sets the number of threads and the sizes at which calls change gear, which takes no time."""
 
     def run():
         pyreg.set_num_threads(n)

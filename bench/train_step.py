@@ -1,10 +1,10 @@
-"""Time one jitted training step of Flax models: dropout off, Flax's layers, and the model handed to pyreg.nnx.convert.
+"""Time one jitted training step of Flax models: without dropout, with Flax's layers, and after pyreg.nnx.convert.
 
     python -m bench train_step [--quick] [--models transformer-256] [--rounds 20]
 
-The variants take turns; a ratio is taken within each turn, and the table gives the medians.  Flax's is also run under
-pyreg.jax.accelerate_random().  Without dropout a CNN still has Flax's batch-norm.  Parameters after five steps are
-compared bit for bit with those of Flax's.
+The variants take turns.  A ratio is taken within each turn, and the table has the medians.  The model with Flax's
+layers is also run under pyreg.jax.accelerate_random().  Without dropout, a CNN still has Flax's batch-norm.  The
+parameters after five steps are compared bit for bit with those that Flax's layers lead to.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def without_dropout(model):
     return model
 
 
-VARIANTS = {  # what is done to a model in Flax
+VARIANTS = {  # what is done to a model of Flax's layers
     "off": without_dropout,
     "Flax": lambda model: model,
     "Flax, accelerated": lambda model: model,
@@ -72,7 +72,7 @@ def measure(model, args):
 
 
 def compared(name):
-    """Should the parameters be Flax's?"""
+    """Whether the parameters should be those of Flax's layers."""
     return name != "off" and "philox" not in name
 
 
@@ -100,7 +100,7 @@ def print_model(record):
 
 
 def markdown(result):
-    """The documentation's table: time over that without dropout, and time to compile."""
+    """The table of the documentation: the time over that without dropout, and the time to compile."""
     records = result["records"]
     rows = [
         [

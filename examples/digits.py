@@ -17,8 +17,8 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-# Read when NumPy is loaded.  One BLAS thread is the fastest for matrices this small; a core type would force the code
-# of another CPU.
+# NumPy reads these when it is loaded.  One BLAS thread is the fastest for matrices this small.  A core type would force
+# the code of another CPU.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ.pop("OPENBLAS_CORETYPE", None)
 
@@ -179,7 +179,7 @@ class NumpyDropout:
 
 
 def median_seconds(calls: dict, rounds: int) -> dict[str, float]:
-    """Median time of each call.  They take turns, so that other work on the machine hits all alike."""
+    """Median time of each call.  The calls take turns, so that other work on the machine hits all of them alike."""
     seconds = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -190,7 +190,7 @@ def median_seconds(calls: dict, rounds: int) -> dict[str, float]:
 
 
 def print_cost(rate: float) -> None:
-    """Time of dropout in a training step of the network above, and the memory it needs until the backward pass."""
+    """Time of dropout in a training step of the network above, and the memory that it keeps for the backward pass."""
     x, y, _, _ = load_data(0)
     x, y = x[:BATCH], y[:BATCH]
     network = make_network(rate=0, batch_norm=False, seed=0)
@@ -245,7 +245,7 @@ def print_headline(size: int = 4_000_000, rate: float = 0.1) -> None:
 
 
 def plot(curves: dict[str, np.ndarray], path: Path) -> None:
-    """curves: name -> (seeds, epochs, [training, test]).  Means, and in a band the range over the seeds."""
+    """Means over the seeds, and their range as a band.  curves: name -> (seeds, epochs, [training, test])."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -299,7 +299,7 @@ def main() -> None:
         table.add_row(name, *(f"{a:.1%}" for a in figures))
     console.print(table)
     console.print(f"{TRAIN_IMAGES:,} training images, {WRONG_LABELS:.0%} of their labels wrong; test labels are right.")
-    console.print("All networks: the same first weights, the same batches.")
+    console.print("All networks start from the same weights and see the same batches.")
     path = args.out / "digits.png"
     plot(curves, path)
     console.print(f"Learning curves: {path}\n")

@@ -2,7 +2,7 @@
 
     python examples/distributed.py [--processes 2] [--steps 20]
 
-Starts the processes on this machine, and one more that has the whole batch for itself, and prints the losses of both.
+Starts the processes on this machine, and one more that trains on the whole batch alone, and prints the losses of both.
 Each process holds a part of the batch.  The program has no communication in it: `jax.jit` sees that the batch is
 sharded, dropout gives each part the mask that it has in the whole, and batch-norm pools the statistics.
 """
@@ -98,7 +98,7 @@ def start(processes, steps, timeout=300):
         str(port),
     ]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env.pop("XLA_FLAGS", None)  # one device a process
+    env.pop("XLA_FLAGS", None)  # one device per process
     children = [
         subprocess.Popen([*command, "--process", str(i)], stdout=subprocess.PIPE, text=True, env=env)
         for i in range(processes)

@@ -3,8 +3,8 @@ validation.
 
     python examples/dropout_from_scratch.py [--seeds 3] [--epochs 40] [--out results]
 
-A network of two hidden layers of 256 learns scikit-learn's 8 x 8 digits from 300 images.  Without dropout it is
-right about nearly all of these, and less often about new ones; with dropout 0.5 the gap is smaller.
+A network with two hidden layers of 256 units learns scikit-learn's 8 x 8 digits from 300 images.  Without dropout it is
+right about nearly all of these images, but less often about new ones; with dropout 0.5 the gap is smaller.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def losses(model: Network, data: list[jax.Array]) -> jax.Array:
 
 
 def train(rate: float, epochs: int, seed: int) -> np.ndarray:
-    """One row an epoch, of what `losses` gives."""
+    """What `losses` gives, one row per epoch."""
     data = x, labels, _, _ = load_data(seed)
     rng = np.random.default_rng(seed)
     model = Network(rate, nnx.Rngs(seed))

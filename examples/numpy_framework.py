@@ -12,7 +12,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from digits import BATCH, LEARNING_RATE, WIDTH, load_data  # first: it chooses BLAS's threads
+from digits import BATCH, LEARNING_RATE, WIDTH, load_data  # first, because it sets the number of BLAS's threads
 
 # isort: split
 import numpy as np

@@ -1,11 +1,19 @@
 """The ops that are measured: a module for each, and a file in ../shapes.
 
-A module has, as data: TABLE_BY (a table for each combination of these), SUBJECTS and COLUMNS of its tables, MARKDOWN
-(those of the documentation), NOTES, PEERS; and the functions
+A module has these data:
 
-    elements(shape)                               how many
-    contenders(dtype, shape, threads, peers=())   the calls to be timed, by name; dropout also takes rate
-    check(dtype)                                  raises if a result is wrong, yields what was found right
+    TABLE_BY             there is a table for each combination of these parameters
+    SUBJECTS, COLUMNS    of its tables
+    MARKDOWN             the columns of the table in the documentation
+    NOTES                what a reader of the tables has to know
+    PEERS                what it is compared with
+    PACKAGES             whose versions are shown
+
+and these functions:
+
+    elements(shape)                               how many elements a shape has
+    contenders(dtype, shape, threads, peers=())   the calls to be timed, by name; those of dropout also take a rate
+    check(dtype)                                  raises an error if a result is wrong, and yields what is right
 """
 
 import importlib
@@ -47,6 +55,6 @@ def installed(peer):
 
 
 def normal(shape, dtype, seed=0):
-    """Normal numbers, from 2^20 on again and again: drawing 10^9 would take longer than the benchmark."""
+    """Normal numbers.  They repeat after 2^20, because drawing 10^9 would take longer than the benchmark."""
     block = np.random.default_rng(seed).standard_normal(min(1 << 20, np.prod(shape)), np.float32)
     return np.resize(block.astype(numpy_dtype(dtype)), shape)

@@ -34,9 +34,9 @@ MARKDOWN = {
     "oneDNN backward": "oneDNN backward",
 }
 NOTES = (
-    "copy is pyreg's dropout at rate 0 with out=, as many threads. PyTorch sees channels last as its channels_last. "
-    "Flax is nnx.BatchNorm under jax.jit on all CPUs, its backward a vjp without the forward. oneDNN is called through "
-    "its C API, if it is installed."
+    "copy is pyreg's dropout at rate 0 with out=, by as many threads. NHWC is channels_last in PyTorch. "
+    "Flax is nnx.BatchNorm under jax.jit on all CPUs; its backward is a vjp without the forward pass. oneDNN is called "
+    "through its C API, if it is installed."
 )
 
 

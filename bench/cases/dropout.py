@@ -25,7 +25,7 @@ COLUMNS = (
     ("PyTorch /", "PyTorch", "{}"),
     ("Flax /", "Flax", "{}"),
 )
-# Columns of the README's table.
+# Columns of the table in the documentation.
 MARKDOWN = {
     "`np.copyto`": "copyto",
     "philox, `out=`": "philox out=",
@@ -78,12 +78,12 @@ def torch_call(x, rate, threads):
     import torch
 
     torch.set_num_threads(threads)
-    # PyTorch does not know ml_dtypes' bfloat16, only its bits.
+    # PyTorch does not know the bfloat16 of ml_dtypes, but the bits are the same.
     tensor = torch.from_numpy(x) if x.dtype.kind == "f" else torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return lambda: torch.nn.functional.dropout(tensor, rate)
 
 
-@functools.cache  # and with it what was compiled
+@functools.cache  # it keeps what was compiled
 def flax_function(rate):
     import jax
     from flax import nnx
@@ -102,7 +102,7 @@ def flax_call(x, rate):
 
 
 def reference(x, mask, rate):
-    """Dropout in float64, one rule: kept is divided by the probability of keeping, dropped is 0."""
+    """Dropout in float64: what is kept is divided by the probability of keeping; what is dropped is 0."""
     y = np.zeros(x.shape, np.float64)
     y[mask] = x[mask].astype(np.float64) / (1 - rate)
     return y
@@ -110,7 +110,7 @@ def reference(x, mask, rate):
 
 def check(dtype, rate):
     """Raises if a result is wrong.  Yields what was found right."""
-    n = 1_000_003  # takes the parallel path, and is no multiple of a tile
+    n = 1_000_003  # enough to be shared among threads, and no multiple of a tile
     x = normal(n, dtype)
     tolerance = {"float32": 2e-7, "float64": 4e-16, "float16": 2e-3, "bfloat16": 1.2e-2}[dtype]
     for impl in SUBJECTS:

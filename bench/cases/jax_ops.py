@@ -38,9 +38,9 @@ MARKDOWN = {
     "Flax gradient, accelerated": "Flax accelerated gradient",
 }
 NOTES = (
-    "Calls of compiled programs, which allocate their results. gradient: a program that returns the output and, for a "
-    "given gradient of it, that of the input. negate is -x: one XLA operation. accelerated: Flax's layer under "
-    "pyreg.jax.accelerate_random(). batch-norm has no random bits: 'same bits' is then the op itself."
+    "Calls of compiled programs, which allocate their results. gradient is a program that returns the output and, for "
+    "a given gradient of the output, that of the input. negate is -x, one XLA operation. accelerated is Flax's layer "
+    "under pyreg.jax.accelerate_random(). batch-norm has no random bits; there 'same bits' is the op itself."
 )
 
 
@@ -119,7 +119,7 @@ def saved_bytes(layer, shape):
 
 
 def details(cases):
-    """What time does not show: bytes kept for the backward pass, temporary memory, time to compile."""
+    """What the time of a call does not show: bytes kept for the backward pass, temporary memory, time to compile."""
     for case in cases:
         op, shape = parse(case)
         saved = {name: saved_bytes(layer, shape) for name, layer in layers(op, shape[-1]).items()}

@@ -1,5 +1,7 @@
-"""Batch-norm by oneDNN through its C API (version 3), if the library is found: `pip install onednn-cpu-gomp` puts it in
-the environment's lib folder; ONEDNN_LIBRARY names another file."""
+"""Batch-norm by oneDNN, through its C API (version 3), if the library is found.
+
+`pip install onednn-cpu-gomp` puts it into the folder lib of the environment; ONEDNN_LIBRARY names another file.
+"""
 
 import ctypes
 import os
@@ -36,7 +38,7 @@ def find():
 
 
 class OneDNN:
-    """Calls for one x: forward(), inference(), backward().  Arrays are NumPy's, seen with the channels as dim 1."""
+    """Calls for one x: forward(), inference(), backward().  oneDNN sees the NumPy arrays with the channels as dim 1."""
 
     def __init__(self, x, dy, axis, epsilon=1e-5):
         self.library = ctypes.CDLL(find())

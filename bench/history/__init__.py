@@ -1,1 +1,1 @@
-"""Benchmarks for asv, which times them at many commits: see asv.conf.json.  They use nothing but pyreg and NumPy."""
+"""Benchmarks for asv, which times them at many commits: see asv.conf.json.  They need only pyreg and NumPy."""

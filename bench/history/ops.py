@@ -1,4 +1,4 @@
-"""A few calls that users make, at sizes in the second-level cache, the last one and memory."""
+"""A few calls that users make, at sizes that fit into the second-level cache, into the last one, and into neither."""
 
 import numpy as np
 

@@ -1,0 +1,77 @@
+"""README.md and docs/: every Python block runs, the C program too, and every link leads somewhere."""
+
+import re
+import shutil
+import subprocess
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    """The blocks of a page in a language, each with the number of lines before it."""
+    text = page.read_text()
+    for block in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield text[: block.start(1)].count("\n"), block[1]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=lambda page: page.name)
+def test_python_blocks_run(page, threads):
+    """The blocks of a page are one program.  Without Flax it goes without those that mention JAX or Flax."""
+    names, left_out = {"__name__": page.stem}, 0
+    for line, code in blocks(page, "python"):
+        if re.search(r"\b(jax|flax|nnx|linen)\b", code) and not find_spec("flax"):
+            left_out += 1
+            continue
+        with warnings.catch_warnings():
+            if "import" in code:
+                warnings.simplefilter("ignore")  # of other packages, while they are imported
+            exec(compile("\n" * line + code, page, "exec"), names)
+    if left_out:
+        pytest.skip(f"{left_out} blocks want Flax")
+
+
+@pytest.mark.slow  # it compiles the library
+def test_the_c_program_runs(tmp_path):
+    if not shutil.which("cmake"):
+        pytest.skip("needs cmake")
+    page = ROOT / "docs" / "c.md"
+    for name, language in (("CMakeLists.txt", "cmake"), ("main.c", "c")):
+        [(_, code)] = blocks(page, language)
+        (tmp_path / name).write_text(code)
+    (tmp_path / "pyreg").symlink_to(ROOT)
+    for command in (["cmake", "-B", "build"], ["cmake", "--build", "build", "--parallel", "2"]):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    printed = subprocess.run([tmp_path / "build" / "app"], capture_output=True, text=True, check=True).stdout
+    promised = re.search(r"It prints `(.*?)`", page.read_text())[1]
+    assert printed.startswith(promised)
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_examples_that_are_named_are_there():
+    for page in PAGES:
+        for name in re.findall(r"\./run example (\w+)", page.read_text()):
+            assert (ROOT / "examples" / f"{name}.py").exists() or name == "NAME", name
