@@ -1,4 +1,4 @@
-"""What the drop-ins for Flax's two families of layers share: which inputs pyreg takes, and attention's dropout."""
+"""What the drop-ins for the two families of Flax layers share: the inputs that pyreg takes, and calls of its ops."""
 
 import numbers
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pyreg._arguments import Activation, JaxImpl, as_rate, as_relu, is_supported
-from pyreg.jax import dropout
+from pyreg.jax import batch_norm, dropout
 from pyreg.jax._primitive import flag
 
 Array = jax.Array
@@ -23,7 +23,7 @@ def draws(x: Any, rate: Any, impl: JaxImpl) -> bool:
     scalar = isinstance(rate, (np.ndarray, jax.Array)) and rate.ndim == 0 and not isinstance(rate, jax.core.Tracer)
     if not (isinstance(rate, numbers.Real) or scalar):
         return False
-    if check_rate(rate) in (0, 1) or not (hasattr(x, "dtype") and is_supported(x)):
+    if _as_rate(rate) in (0, 1) or not (hasattr(x, "dtype") and is_supported(x)):
         return False
     return impl == "philox" or (
         (isinstance(rate, (int, float)) or (rate.dtype == np.float32 and not flag("jax_enable_x64")))
@@ -32,7 +32,7 @@ def draws(x: Any, rate: Any, impl: JaxImpl) -> bool:
     )
 
 
-def check_rate(rate: Any) -> float:
+def _as_rate(rate: Any) -> float:
     try:
         return as_rate(rate)
     except ValueError as error:
@@ -42,7 +42,7 @@ def check_rate(rate: Any) -> float:
 def draws_weights(given: dict[str, Any]) -> bool:
     """Whether attention with these arguments, by Flax's names, has a mask to draw."""
     off = given["deterministic"] or given["dropout_rng"] is None
-    return not off and check_rate(given["dropout_rate"]) not in (0, 1)
+    return not off and _as_rate(given["dropout_rate"]) not in (0, 1)
 
 
 def drop_weights(weights: Array, dtype: Any, given: dict[str, Any], impl: JaxImpl) -> Array:
@@ -65,6 +65,21 @@ def activate(y: Array, activation: Activation | None) -> Array:
 def normalises(x: Any, axis: Any) -> bool:
     """Whether pyreg.jax.batch_norm takes this input."""
     return isinstance(axis, int) and is_supported(x) and x.size != 0
+
+
+def normalise(layer: Any, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Array, Array, Array]:
+    """Batch-norm of x by its own statistics, with what a layer of either family is set to."""
+    return batch_norm(
+        x,
+        scale,
+        bias,
+        axis=layer.axis,
+        epsilon=layer.epsilon,
+        mask=None if mask is None else jnp.asarray(mask, bool),
+        activation=layer.activation,
+        axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+    )
 
 
 def step(momentum: float, old: Array, new: Array) -> Array:

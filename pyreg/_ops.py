@@ -273,8 +273,7 @@ def dropout_mask(
         raise ValueError(
             f"shape is {arg.shown(shape)}; wanted at most {_core.MAX_DIMS} dims and fewer than 2**63 elements"
         )
-    if broadcast_dims is not arg.NO_DIMS:
-        shape = arg.mask_shape(shape, broadcast_dims)
+    shape = arg.mask_shape(shape, broadcast_dims)
     rate, key, generator = arg.as_rate(rate), arg.as_key(key), arg.as_generator(impl)
     n = math.prod(shape)
     offset = arg.as_offset(offset, n)

@@ -198,8 +198,7 @@ class Dropout(Layer):
             As :func:`pyreg.dropout`; the layer is then as it was before the call.
         """
         x, code = arg.as_input(x)
-        dims = self._shared_dims(x.ndim)
-        rate, generator, strides = arg.as_mask_settings(x.shape, self.rate, self.impl, dims)
+        rate, generator, strides = arg.as_mask_settings(x.shape, self.rate, self.impl, self._shared_dims(x.ndim))
         inverted, scaled = arg.as_flag(self.inverted, "inverted"), self._scaled
         if not arg.as_flag(self.training, "training"):
             y = self._evaluate(x, inverted, rate, out, "x")

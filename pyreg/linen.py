@@ -16,8 +16,8 @@ from flax import linen
 from flax.linen import dtypes
 
 from pyreg._arguments import Activation, JaxImpl
-from pyreg._flax import activate, draws, draws_weights, drop_weights, normalises, step
-from pyreg.jax import batch_norm, dropout
+from pyreg._flax import activate, draws, draws_weights, drop_weights, normalise, normalises, step
+from pyreg.jax import dropout
 
 __all__ = ["BatchNorm", "Dropout", "dot_product_attention"]
 
@@ -88,17 +88,7 @@ class BatchNorm(linen.BatchNorm):
         scale = self.param("scale", self.scale_init, channels, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, channels, self.param_dtype) if self.use_bias else None
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        y, mean, var = batch_norm(
-            jnp.asarray(x, jnp.promote_types(x.dtype, dtype)),
-            scale,
-            bias,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            mask=None if mask is None else jnp.asarray(mask, bool),
-            activation=self.activation,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-        )
+        y, mean, var = normalise(self, jnp.asarray(x, jnp.promote_types(x.dtype, dtype)), scale, bias, mask)
         statistics = jnp.promote_types(x.dtype if self.dtype is None else self.dtype, jnp.float32)
         for running, new in ((running_mean, mean), (running_var, var)):
             running.value = step(self.momentum, running.value, new.astype(statistics))

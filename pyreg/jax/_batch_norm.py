@@ -234,39 +234,28 @@ def _problems(one: Callable[..., Any]) -> Callable[..., Any]:
 
     def many(*args: Array, o: Options, **options: Any) -> Any:
         function = functools.partial(one, o=o, **options)
-        for _ in range(_batch_dims(args)):
+        for _ in range(args[1].ndim - 1):  # the second operand of every primitive is a value per channel
             function = jax.vmap(function)
         return function(*args)
 
     return many
 
 
-def _batch_dims(args: Sequence[Any]) -> int:
-    """The second operand of every primitive is a value per channel."""
-    return len(args[1].shape) - 1
-
-
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _result(x: Any, values: Any, present: bool) -> Any:
-    """The type of a result like x, or of one that is absent."""
-    return jax.typeof(x) if present else jax.ShapeDtypeStruct((*values.shape[:-1], 0), x.dtype)
-
-
-def _native_forward(x: Array, scale: Array, *operands: Array, o: Options, reuse: bool = False) -> list[Array]:
+def _native_forward(*args: Array, o: Options, reuse: bool = False) -> list[Array]:
     del reuse  # the backward pass wants x
-    results = [_result(x, scale, o.written), *[jax.typeof(scale)] * 3]
-    call = jax.ffi.ffi_call("pyreg_batch_norm_forward_v2", results)
-    return list(call(x, scale, *operands, axis=o.axis, relu=o.relu))
+    results = _abstract_forward(*map(jax.typeof, args), o=o)
+    return list(jax.ffi.ffi_call("pyreg_batch_norm_forward_v2", results)(*args, axis=o.axis, relu=o.relu))
 
 
 def _native_backward(
-    dy: Array, dmean: Array, _: Array, dvar: Array, x: Array, *known: Array, o: Options, reuse: bool = False
+    dy: Array, dmean: Array, dlow: Array, dvar: Array, *known: Array, o: Options, reuse: bool = False
 ) -> list[Array]:
-    results = [jax.typeof(x), jax.typeof(dmean), jax.typeof(dmean), _result(x, dmean, o.residual)]
+    results = _abstract_backward(*map(jax.typeof, (dy, dmean, dlow, dvar, *known)), o=o)
     call = jax.ffi.ffi_call("pyreg_batch_norm_backward_v2", results, input_output_aliases={0: 0} if reuse else {})
-    return list(call(dy, dmean, dvar, x, *known, axis=o.axis))
+    return list(call(dy, dmean, dvar, *known, axis=o.axis))
 
 
 def _number(words: Any) -> float:
@@ -466,13 +455,12 @@ ad.primitive_transposes[backward_p] = _transpose_by(tangent_p)
 # ---- The functions ---------------------------------------------------------------------------------------------------
 
 
-def _as_values(value: Any, x: Any, axis: int, default: float, name: str) -> Array:
+def _as_values(value: Any, x: Any, axis: int, default: float, name: str) -> Any:
     """A value per channel, in the dtype of statistics."""
     channels = x.shape[axis]
     value = jnp.full(channels, default) if value is None else jnp.asarray(value)
     arg.check_channels(value, channels, name)
-    values: Array = value.astype(_statistics_dtype(x))
-    return values
+    return value.astype(_statistics_dtype(x))
 
 
 def _as_mask(mask: Any, x: Array) -> Any:

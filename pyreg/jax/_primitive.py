@@ -98,8 +98,8 @@ def define(
             arrays = tuple(np.broadcast_to(a, batch + a.shape[batch_dims:]) for a in arrays)
             results = [np.empty(a.shape, a.dtype) for a in avals]
             for at in np.ndindex(batch):
-                for all_of_it, result in zip(results, callback(*(a[*at, ...] for a in arrays), **params), strict=True):
-                    all_of_it[at] = result
+                for result, part in zip(results, callback(*(a[*at, ...] for a in arrays), **params), strict=True):
+                    result[at] = part
             return results
 
         return jax.pure_callback(each_problem, avals, *args)

@@ -11,8 +11,8 @@ from flax import nnx
 
 from pyreg import _arguments as arg
 from pyreg._arguments import Activation, JaxImpl
-from pyreg._flax import activate, draws, normalises, step
-from pyreg.jax import batch_norm, dropout
+from pyreg._flax import activate, draws, normalise, normalises, step
+from pyreg.jax import dropout
 
 Streams = nnx.Rngs | nnx.RngStream | jax.Array
 
@@ -58,13 +58,7 @@ class Dropout(nnx.Dropout):
         )
         self.impl = impl
 
-    def __call__(
-        self,
-        inputs: Any,
-        *,
-        deterministic: bool | None = None,
-        rngs: Streams | None = None,
-    ) -> jax.Array:
+    def __call__(self, inputs: Any, *, deterministic: bool | None = None, rngs: Streams | None = None) -> jax.Array:
         """Dropout of ``inputs``, as Flax's: what is given here goes before what the constructor was given."""
         return self._drop(inputs, self.broadcast_dims, deterministic, rngs)
 
@@ -73,9 +67,9 @@ class Dropout(nnx.Dropout):
         off = self.deterministic if deterministic is None else deterministic
         stream = self.rngs if rngs is None else rngs
         if off is None or off or not isinstance(stream, Streams) or not draws(inputs, self.rate, self.impl):
-            layer: Any = (
-                self if dims is self.broadcast_dims else SimpleNamespace(**vars(self) | {"broadcast_dims": dims})
-            )
+            if dims is self.broadcast_dims:
+                return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
+            layer: Any = SimpleNamespace(**vars(self) | {"broadcast_dims": dims})  # a layer takes long to make
             return nnx.Dropout.__call__(layer, inputs, deterministic=deterministic, rngs=rngs)
         if isinstance(stream, nnx.Rngs):
             stream = stream[self.rng_collection]
@@ -97,13 +91,7 @@ class _SharedDropout(Dropout):
     ) -> None:
         super().__init__(rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs, impl=impl)
 
-    def __call__(
-        self,
-        inputs: Any,
-        *,
-        deterministic: bool | None = None,
-        rngs: Streams | None = None,
-    ) -> jax.Array:
+    def __call__(self, inputs: Any, *, deterministic: bool | None = None, rngs: Streams | None = None) -> jax.Array:
         """As :class:`Dropout`'s."""
         return self._drop(inputs, self._shared_dims(jnp.ndim(inputs)), deterministic, rngs)
 
@@ -304,17 +292,7 @@ class BatchNorm(nnx.BatchNorm):
         a, _, _, scale, bias = self.promote_dtype((x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype)
         if by_running is None or by_running or not normalises(a, self.axis):
             return activate(super().__call__(x, use_running_average, mask=mask), self.activation)
-        y, mean, var = batch_norm(
-            a,
-            scale,
-            bias,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            mask=None if mask is None else jnp.asarray(mask, bool),
-            activation=self.activation,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-        )
+        y, mean, var = normalise(self, a, scale, bias, mask)
         for running, new in ((self.mean, mean), (self.var, var)):
             value = step(self.momentum, running[...], new)
             running[...] = jax.lax.stop_gradient(value) if running._can_update else value  # as Flax: not into a ref
