@@ -81,7 +81,7 @@ def as_integer(value: Any, name: str, wanted: str = "an int") -> int:
     try:
         if isinstance(value, _masked_array()):
             raise TypeError
-        return operator.index(value)
+        return int(operator.index(value))
     except Exception:
         raise TypeError(f"{name} is {kind(value)}; wanted {wanted}") from None
 
@@ -118,6 +118,8 @@ def as_rate(rate: Any) -> float:
 
 
 def as_momentum(momentum: Any) -> float:
+    if type(momentum) is float and 0.0 <= momentum <= 1.0:
+        return momentum
     return _as_number_up_to(1.0, momentum, "momentum", "a weight of the old value in [0, 1]")
 
 
@@ -140,17 +142,15 @@ def check_jax_impl(impl: Any) -> None:
 
 def as_generator(impl: Any) -> int:
     """The code of the generator of masks."""
-    if not isinstance(impl, str) or impl not in _GENERATORS:
+    if type(impl) is not str or impl not in _GENERATORS:
         check_choice(impl, "impl", *_GENERATORS)
     return _GENERATORS[impl]
 
 
 def as_relu(activation: Any) -> bool:
     """Whether the activation is a ReLU; if not, it is None."""
-    if activation is None:
-        return False
     check_choice(activation, "activation", None, "relu")
-    return True
+    return activation is not None
 
 
 # ---- Arrays ----------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def as_key(key: Any) -> int:
             ) from None
     if not 0 <= key < 1 << 64:
         raise ValueError(f"key is {shown(key)}; wanted an int in [0, 2**64)")
-    return int(key)
+    return key  # type: ignore[no-any-return]
 
 
 def as_rng(rng: Any) -> np.random.Generator:
@@ -310,6 +310,10 @@ def as_offset(offset: int, size: int) -> int:
     return offset % (1 << 64)  # of an array without elements it may be 2**64
 
 
+def as_mask_strides(shape: tuple[int, ...], broadcast_dims: Dims) -> tuple[int, ...]:
+    return mask_strides(shape, mask_shape(shape, broadcast_dims))
+
+
 def mask_strides(shape: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int, ...]:
     """Index steps, for each dim of an array of that shape, of a mask with these lengths: 0 where it is broadcast."""
     strides, step = [0] * len(shape), 1
@@ -318,14 +322,6 @@ def mask_strides(shape: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int,
             strides[dim] = step
         step *= lengths[dim]
     return tuple(strides)
-
-
-def as_mask_settings(
-    shape: tuple[int, ...], rate: Any, impl: Any, broadcast_dims: Dims
-) -> tuple[float, int, tuple[int, ...] | None]:
-    """What a mask for an array of that shape takes besides its key: rate, generator and strides."""
-    strides = None if broadcast_dims is NO_DIMS else mask_strides(shape, mask_shape(shape, broadcast_dims))
-    return as_rate(rate), as_generator(impl), strides
 
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
@@ -342,7 +338,8 @@ def as_axis(axis: int, ndim: int) -> int:
 def as_norm(x: Any, axis: int, epsilon: float, activation: Any) -> tuple[Array, int, int, float, bool]:
     """x, the code of its dtype, the dim of its channels, epsilon, and whether there is a ReLU."""
     x, code = as_input(x)
-    return x, code, as_axis(axis, x.ndim), as_epsilon(epsilon), as_relu(activation)
+    relu = activation is not None and as_relu(activation)
+    return x, code, as_axis(axis, x.ndim), as_epsilon(epsilon), relu
 
 
 def check_given(mean: Any, var: Any) -> None:
@@ -382,9 +379,9 @@ def spread_mask(x: Any, mask: Any, broadcast_to: Callable[..., Any] = np.broadca
         raise ValueError(f"mask has shape {mask.shape}; wanted one that broadcasts to that of x, {x.shape}") from None
 
 
-def as_statistic(value: ArrayLike | None, code: int, channels: int, name: str) -> Any:
-    """A parameter or statistic, in the dtype that goes with the data; None stays None."""
-    if value is None or _core.is_statistic(value, code, channels):
+def as_statistic(value: ArrayLike, code: int, channels: int, name: str) -> Any:
+    """A parameter or statistic, in the dtype that goes with the data."""
+    if _core.is_statistic(value, code, channels):
         return value
     value = as_array(value, name)
     check_channels(value, channels, name)
@@ -400,10 +397,8 @@ def as_like(value: ArrayLike, x: Array, name: str) -> Array:
     return value
 
 
-def as_mask(mask: ArrayLike | None, x: Array, axis: int) -> Array | None:
-    """The mask, seen in the shape of x; None stays None."""
-    if mask is None:
-        return None
+def as_mask(mask: ArrayLike, x: Array, axis: int) -> Array:
+    """The mask, seen in the shape of x."""
     mask = as_array(mask, "mask")
     seen: Array = spread_mask(x, mask)
     mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)

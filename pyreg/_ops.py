@@ -86,7 +86,8 @@ def _apply(
     name: str = "x",
 ) -> Array:
     x, code = arg.as_input(x, name)
-    rate, generator, strides = arg.as_mask_settings(x.shape, rate, impl, broadcast_dims)
+    rate, generator = arg.as_rate(rate), arg.as_generator(impl)
+    strides = None if broadcast_dims is arg.NO_DIMS else arg.as_mask_strides(x.shape, broadcast_dims)
     if offset is not _NO_OFFSET:
         offset = arg.as_offset(offset, x.size)
     if key is not None:
@@ -359,9 +360,9 @@ def batch_norm(
     x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
     arg.check_elements(x, axis)
     channels = x.shape[axis]
-    scale = arg.as_statistic(scale, code, channels, "scale")
-    bias = arg.as_statistic(bias, code, channels, "bias")
-    mask = arg.as_mask(mask, x, axis)
+    scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
+    bias = None if bias is None else arg.as_statistic(bias, code, channels, "bias")
+    mask = None if mask is None else arg.as_mask(mask, x, axis)
     residual = None if residual is None else arg.as_like(residual, x, "residual")
     y = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (x, residual), "x", (scale, bias, mask))
     mean, var = _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y)
@@ -413,8 +414,8 @@ def batch_norm_inference(
     arg.check_given(mean, var)
     mean = arg.as_statistic(mean, code, channels, "mean")
     var = arg.as_statistic(var, code, channels, "var")
-    scale = arg.as_statistic(scale, code, channels, "scale")
-    bias = arg.as_statistic(bias, code, channels, "bias")
+    scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
+    bias = None if bias is None else arg.as_statistic(bias, code, channels, "bias")
     residual = None if residual is None else arg.as_like(residual, x, "residual")
     y = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (x, residual), "x", (mean, var, scale, bias))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
@@ -482,8 +483,8 @@ def batch_norm_backward(
         raise TypeError("y is None; wanted what batch_norm returned, to know where its activation was 0")
     mean = arg.as_statistic(mean, code, channels, "mean")
     var = arg.as_statistic(var, code, channels, "var")
-    scale = arg.as_statistic(scale, code, channels, "scale")
-    mask = arg.as_mask(mask, x, axis)
+    scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
+    mask = None if mask is None else arg.as_mask(mask, x, axis)
     y = arg.as_like(y, x, "y") if relu and y is not None else None
     dresidual = _core.empty_like(x) if relu else None
     dx = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (dy, x, y), "x", (mean, var, scale, mask))

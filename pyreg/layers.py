@@ -198,7 +198,9 @@ class Dropout(Layer):
             As :func:`pyreg.dropout`; the layer is then as it was before the call.
         """
         x, code = arg.as_input(x)
-        rate, generator, strides = arg.as_mask_settings(x.shape, self.rate, self.impl, self._shared_dims(x.ndim))
+        rate, generator = arg.as_rate(self.rate), arg.as_generator(self.impl)
+        dims = self._shared_dims(x.ndim)
+        strides = None if dims is arg.NO_DIMS else arg.as_mask_strides(x.shape, dims)
         inverted, scaled = arg.as_flag(self.inverted, "inverted"), self._scaled
         if not arg.as_flag(self.training, "training"):
             y = self._evaluate(x, inverted, rate, out, "x")
