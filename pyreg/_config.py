@@ -5,7 +5,7 @@ import sys
 from typing import Any, Literal
 
 from pyreg import _core
-from pyreg._ops import _shown
+from pyreg._arguments import check_choice
 from pyreg._version import __version__
 
 __all__ = ["show_config"]
@@ -34,8 +34,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     >>> pyreg.show_config("dicts")["version"] == pyreg.__version__
     True
     """
-    if not isinstance(mode, str) or mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode is {_shown(mode)}; wanted 'stdout' or 'dicts'")
+    check_choice(mode, "mode", "stdout", "dicts")
     used = sys.modules.get("pyreg.jax._backend")  # only who uses JAX has it
     built = f"{'built' if _core.ffi_handlers() else 'not built'} with FFI"
     config = {"version": __version__, **_core.config(), "jax": used.describe() if used else built}

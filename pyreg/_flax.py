@@ -1,4 +1,4 @@
-"""What the drop-ins for Flax's two families of layers share: which inputs pyreg takes, and attention's dropout."""
+"""What the drop-ins for the two families of Flax layers share: the inputs that pyreg takes, and calls of its ops."""
 
 import numbers
 from typing import Any
@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pyreg import _ops
-from pyreg._ops import Activation as Activation
-from pyreg.jax import dropout
-from pyreg.jax._dropout import Impl as Impl
+from pyreg._arguments import Activation, JaxImpl, as_rate, as_relu, is_supported
+from pyreg.jax import batch_norm, dropout
 from pyreg.jax._primitive import flag
 
 Array = jax.Array
 
 
-def draws(x: Any, rate: Any, impl: Impl) -> bool:
+def draws(x: Any, rate: Any, impl: JaxImpl) -> bool:
     """Whether there is a mask to draw, and pyreg.jax.dropout means by these what Flax's Dropout does.
 
     It does not where Flax's keep probability would decide the dtype of the draw or of the result, or that is weak;
@@ -25,7 +23,7 @@ def draws(x: Any, rate: Any, impl: Impl) -> bool:
     scalar = isinstance(rate, (np.ndarray, jax.Array)) and rate.ndim == 0 and not isinstance(rate, jax.core.Tracer)
     if not (isinstance(rate, numbers.Real) or scalar):
         return False
-    if check_rate(rate) in (0, 1) or not (hasattr(x, "dtype") and _ops._is_supported(x)):
+    if _as_rate(rate) in (0, 1) or not (hasattr(x, "dtype") and is_supported(x)):
         return False
     return impl == "philox" or (
         (isinstance(rate, (int, float)) or (rate.dtype == np.float32 and not flag("jax_enable_x64")))
@@ -34,18 +32,26 @@ def draws(x: Any, rate: Any, impl: Impl) -> bool:
     )
 
 
-def check_rate(rate: Any) -> float:
+def _as_rate(rate: Any) -> float:
     try:
-        return _ops._check_rate(rate)
+        return as_rate(rate)
     except ValueError as error:
         raise ValueError(f"{error} (Flax does not check it, pyreg does)") from None
 
 
-def drop_weights(weights: Array, dtype: Any, rate: float, key: Any, broadcast: bool, impl: Impl) -> Array:
-    """Dropout of attention weights (..., heads, queries, keys); broadcast: one mask for all but the last two dims.
+def draws_weights(given: dict[str, Any]) -> bool:
+    """Whether attention with these arguments, by Flax's names, has a mask to draw."""
+    off = given["deterministic"] or given["dropout_rng"] is None
+    return not off and _as_rate(given["dropout_rate"]) not in (0, 1)
 
-    Flax multiplies by 1 / keep, rounded to `dtype`, the one of queries and values; bfloat16's shows the rounding.
+
+def drop_weights(weights: Array, dtype: Any, given: dict[str, Any], impl: JaxImpl) -> Array:
+    """Dropout of attention weights (..., heads, queries, keys), for queries and values of this dtype.
+
+    With `broadcast_dropout` all but the last two dims share a mask.  Flax multiplies by 1 / keep, rounded to `dtype`;
+    bfloat16's shows the rounding.
     """
+    rate, key, broadcast = given["dropout_rate"], given["dropout_rng"], given["broadcast_dropout"]
     if broadcast or dtype == jnp.bfloat16 or dtype != weights.dtype:
         shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast else weights.shape
         return weights * dropout(jnp.ones(shape, dtype), rate, key=key, impl=impl)
@@ -53,12 +59,27 @@ def drop_weights(weights: Array, dtype: Any, rate: float, key: Any, broadcast: b
 
 
 def activate(y: Array, activation: Activation | None) -> Array:
-    return jax.nn.relu(y) if _ops._check_activation(activation) else y
+    return jax.nn.relu(y) if as_relu(activation) else y
 
 
 def normalises(x: Any, axis: Any) -> bool:
     """Whether pyreg.jax.batch_norm takes this input."""
-    return isinstance(axis, int) and _ops._is_supported(x) and x.size != 0
+    return isinstance(axis, int) and is_supported(x) and x.size != 0
+
+
+def normalise(layer: Any, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Array, Array, Array]:
+    """Batch-norm of x by its own statistics, with what a layer of either family is set to."""
+    return batch_norm(
+        x,
+        scale,
+        bias,
+        axis=layer.axis,
+        epsilon=layer.epsilon,
+        mask=None if mask is None else jnp.asarray(mask, bool),
+        activation=layer.activation,
+        axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+    )
 
 
 def step(momentum: float, old: Array, new: Array) -> Array:

@@ -1,18 +1,17 @@
-"""NumPy functions: arguments are checked here, then ``_core`` computes."""
+"""NumPy functions: arguments are converted, then ``_core`` computes."""
 
 import contextlib
 import math
-import operator
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence, Set
-from numbers import Number
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from pyreg import _arguments as arg
 from pyreg import _core
+from pyreg._arguments import Activation, Array, Dims, Impl, Key
 
 __all__ = [
     "batch_norm",
@@ -26,214 +25,11 @@ __all__ = [
     "set_num_threads",
 ]
 
-Array = NDArray[Any]  # of float32, float64, float16 or bfloat16
-Key = int | ArrayLike
-Dims = int | Sequence[int]
-Impl = Literal["philox", "threefry", "threefry_x64"]
-Activation = Literal["relu"]
 
-_IMPLS = {"philox": _core.PHILOX, "threefry": _core.THREEFRY, "threefry_x64": _core.THREEFRY_X64}
+# ---- Dropout ---------------------------------------------------------------------------------------------------------
 
-
-# ---- Arguments -------------------------------------------------------------------------------------------------------
-
-
-def _kind(value: Any) -> str:
-    """What an argument is, for a TypeError."""
-    return "None" if value is None else f"of type {type(value).__name__}"
-
-
-def _shown(value: Any) -> str:
-    """An argument as text, for a ValueError."""
-    try:
-        text = str(value) if isinstance(value, Number) else repr(value)
-    except Exception:  # of its own, or an int of more digits than Python prints
-        text = object.__repr__(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _masked_array() -> Any:
-    """numpy.ma.MaskedArray, or no class if nobody has it.  NumPy imports its module when it is first looked at, and a
-    signal handler may call us just then."""
-    return getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
-
-
-def _number(value: Any, name: str, wanted: str) -> float:
-    """value as a float; arrays without dims count as numbers, and bools as in Python and Flax; strings do not."""
-    try:
-        if getattr(value, "ndim", None) == 0 and not isinstance(value, _masked_array()):
-            value = value.item()
-        if isinstance(value, (str, bytes, bytearray, np.ndarray)):
-            raise TypeError
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is {_shown(value)}; wanted {wanted}") from None
-    except Exception:  # also what its own methods raise
-        raise TypeError(f"{name} is {_kind(value)}; wanted {wanted}") from None
-
-
-def _integer(value: Any, name: str, wanted: str = "an int") -> int:
-    """value as an int; arrays without dims count as numbers, and bools as in Python."""
-    if type(value) is int:
-        return value
-    try:
-        if isinstance(value, _masked_array()):
-            raise TypeError
-        return operator.index(value)
-    except Exception:
-        raise TypeError(f"{name} is {_kind(value)}; wanted {wanted}") from None
-
-
-def _flag(value: Any, name: str) -> bool:
-    """value as a bool; 0 and 1 count as one."""
-    if value is True or value is False:
-        return value
-    if isinstance(value, (int, np.bool_)) and value in (0, 1):
-        return bool(value)
-    raise TypeError(f"{name} is {_kind(value)}; wanted True or False")
-
-
-def _is_supported(x: Any) -> bool:
-    return x.dtype.name in ("float32", "float64", "float16", "bfloat16")
-
-
-def _check_dtype(x: Any, name: str = "x") -> None:
-    if not _is_supported(x):
-        raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, float16 or bfloat16")
-
-
-def _error_like(error: Exception) -> type[Exception]:
-    return TypeError if isinstance(error, TypeError) else ValueError
-
-
-def _is_masked(value: Any) -> bool:
-    """Whether value is a masked array, or a list with one in it."""
-    if not isinstance(value, (list, tuple)):
-        return isinstance(value, _masked_array())
-    kinds = set(map(type, value))  # few, so that a long list of numbers is soon seen through
-    nested = (list, tuple, *([masked] if (masked := _masked_array()) else []))
-    return any(issubclass(kind, nested) for kind in kinds) and any(map(_is_masked, value))
-
-
-def _as_array(value: Any, name: str, wanted: str = "an array") -> Array:
-    """value as NumPy reads it."""
-    if type(value) is np.ndarray:
-        return value
-    if value is None:
-        raise TypeError(f"{name} is None; wanted {wanted}")
-    try:
-        masked = _is_masked(value)
-        if not masked:
-            only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
-            return np.from_dlpack(value) if only_dlpack else np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:  # a ragged list, a tensor with a gradient or on a GPU, ...
-        raise _error_like(error)(
-            f"{name} is {_kind(value)}, of which NumPy makes no array ({error}); wanted {wanted}"
-        ) from error
-    raise TypeError(
-        f"{name} is a masked array, or has one in it; wanted a plain one: {name}.filled(value), "
-        f"and for batch-norm mask=~numpy.ma.getmaskarray({name})"
-    )
-
-
-def _as_input(x: Any, name: str = "x") -> tuple[Array, int]:
-    """x as an aligned array in native byte order, and the code of its dtype."""
-    code = _core.dtype_code(x)
-    if code < 0:
-        x = _as_array(x, name)
-        _check_dtype(x, name)
-        if x.dtype.name == "bfloat16":  # of ml_dtypes, known by name: pyreg does not depend on it
-            _core.set_bfloat16(x.dtype)
-        if not (x.dtype.isnative and x.flags.aligned):
-            x = x.astype(x.dtype.newbyteorder("="))
-        code = _core.dtype_code(x)
-    return x, code
-
-
-def _overlaps_itself(x: Array) -> bool:
-    """Whether two elements of x share memory."""
-    if _core.apart(x):
-        return False
-    reaches = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
-    extent = sum(map(abs, reaches)) + x.itemsize
-    if x.nbytes > extent:
-        return True
-    marks = np.zeros(extent, np.bool_)  # of each byte, whether an element has it
-    start = -sum(min(reach, 0) for reach in reaches)
-    np.ndarray((*x.shape, x.itemsize), np.bool_, marks, start, (*x.strides, 1))[...] = True
-    return int(np.count_nonzero(marks)) < x.nbytes
-
-
-def _check_out(out: Any, x: Array, name: str = "x") -> None:
-    if not isinstance(out, np.ndarray) or _is_masked(out):
-        raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
-    if out.shape != x.shape or out.dtype.newbyteorder("=") != x.dtype:
-        raise ValueError(
-            f"out has shape {out.shape} and dtype {out.dtype}; wanted those of {name}: {x.shape} and {x.dtype}"
-        )
-    if not out.flags.writeable:
-        raise ValueError("out is read-only; wanted a writable array")
-    if _overlaps_itself(out):
-        raise ValueError(
-            f"out has shape {out.shape} and strides {out.strides}, elements that share memory; wanted each in its place"
-        )
-
-
-def _prepare_out(out: Array, x: Any, inputs: tuple[Any, ...], name: str = "x", values: tuple[Any, ...] = ()) -> Array:
-    """Where to write: out, or another array like x for ``_core.deliver`` to copy from.
-
-    inputs and values: what must not be spoiled; out may be one of the inputs, which are arrays like x.
-    """
-    if _core.can_write(out, x, inputs, values):
-        return out
-    _check_out(out, x, name)
-    if type(out) is not np.ndarray and _core.can_write(out.view(np.ndarray), x, inputs, values):
-        return out
-    # out is not aligned, in foreign byte order, interleaved, or overlaps an input.  That is not copied instead, because
-    # batch-norm's order of additions follows from its strides.
-    return _core.empty_like(x)
-
-
-def _check_rate(rate: float) -> float:
-    if type(rate) is float and 0.0 <= rate <= 1.0:
-        return rate
-    wanted = "a probability of dropping in [0, 1]"
-    number = _number(rate, "rate", wanted)
-    if not 0.0 <= number <= 1.0:  # also refuses NaN
-        raise ValueError(f"rate is {_shown(rate)}; wanted {wanted}")
-    return number
-
-
-def _check_key(key: Any) -> int:
-    """key as an int in [0, 2**64)."""
-    if type(key) is not int:
-        wanted = "an int in [0, 2**64) or a uint32 array of shape (2,)"
-        words = _as_array(key, "key", wanted)
-        if words.dtype.kind == "u" and words.itemsize == 4 and words.shape == (2,):
-            return int(words[0]) << 32 | int(words[1])
-        try:
-            key = _integer(key, "key")
-        except TypeError:
-            raise TypeError(
-                f"key is {type(key).__name__} of dtype {words.dtype} and shape {words.shape}; wanted {wanted}"
-            ) from None
-    if not 0 <= key < 1 << 64:
-        raise ValueError(f"key is {_shown(key)}; wanted an int in [0, 2**64)")
-    return int(key)
-
-
-def _generator(rng: Any) -> np.random.Generator:
-    try:
-        if hasattr(rng, "__len__"):  # several seeds
-            seeds = _as_array(rng, "rng")
-            if seeds.ndim != 1:  # NumPy overflows its stack on a list in itself, or a matrix
-                raise TypeError
-            return np.random.default_rng(seeds)
-        return np.random.default_rng(rng)
-    except Exception as error:
-        raise _error_like(error)(f"rng is {_shown(rng)}; wanted an int or a numpy.random.Generator") from error
+LONG = 1 << 20  # elements; to note the state of a generator takes no time beside them
+_NO_OFFSET = 0  # the default, seen by identity, as arg.NO_DIMS is
 
 
 def fresh_key(rng: int | np.random.Generator | None = None) -> int:
@@ -241,68 +37,11 @@ def fresh_key(rng: int | np.random.Generator | None = None) -> int:
     if rng is None:
         return int.from_bytes(os.urandom(8), "little")
     if type(rng) is not np.random.Generator:
-        rng = _generator(rng)
+        rng = arg.as_rng(rng)
     return int(rng.integers(1 << 64, dtype=np.uint64))
 
 
-def _check_impl(impl: str) -> int:
-    if isinstance(impl, str) and impl in _IMPLS:
-        return _IMPLS[impl]
-    raise ValueError(f"impl is {_shown(impl)}; wanted one of {', '.join(map(repr, _IMPLS))}")
-
-
-def _integers(value: Any, name: str) -> tuple[int, ...]:
-    """value, an int or a sequence of ints, as a tuple."""
-    if type(value) is int:
-        return (value,)
-    if type(value) is tuple:
-        for n in value:
-            if type(n) is not int:
-                break
-        else:
-            return value
-    many = type(value) is tuple or getattr(value, "ndim", 0) == 1
-    if many or (isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray, memoryview))):
-        return tuple([n if type(n) is int else _integer(n, f"an element of {name}") for n in value])
-    return (_integer(value, name, "an int or a sequence of ints"),)
-
-
-def _mask_shape(shape: tuple[int, ...], broadcast_dims: Dims) -> tuple[int, ...]:
-    """shape with 1 in each broadcast dim; one that is named twice is broadcast once, as in Flax."""
-    lengths = list(shape)
-    for dim in _integers(broadcast_dims, "broadcast_dims"):
-        if not -len(shape) <= dim < len(shape):
-            raise ValueError(f"broadcast_dims has {_shown(dim)}; wanted dims of an array with {len(shape)} dims")
-        lengths[dim] = 1
-    return tuple(lengths)
-
-
-def _check_offset(offset: int, size: int) -> int:
-    offset = _integer(offset, "offset")
-    if not 0 <= offset <= (1 << 64) - size:
-        raise ValueError(f"offset is {_shown(offset)}; wanted an int in [0, 2**64 - {size}]")
-    return offset % (1 << 64)  # of an array without elements it may be 2**64
-
-
-def _mask_strides(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Index steps of the mask for each dim of shape, 0 where it is broadcast."""
-    strides, step = [0] * len(shape), 1
-    for dim in range(len(shape) - 1, -1, -1):
-        length = mask_shape[dim]
-        if length == shape[dim]:
-            strides[dim] = step
-        step *= length
-    return tuple(strides)
-
-
-# ---- Dropout ---------------------------------------------------------------------------------------------------------
-
-
-LONG = 1 << 20  # elements; to note the state of a generator takes no time beside them
-_NO_DIMS, _NO_OFFSET = (), 0  # the defaults, seen by identity, which is fast; what equals them gives the same result
-
-
-def _drop_by_fresh_key(
+def drop_by_fresh_key(
     rng: int | np.random.Generator | None,
     code: int,
     x: Array,
@@ -346,24 +85,21 @@ def _apply(
     out: Array | None,
     name: str = "x",
 ) -> Array:
-    x, code = _as_input(x, name)
-    rate = _check_rate(rate)
-    generator = _check_impl(impl)
-    strides = None
-    if broadcast_dims is not _NO_DIMS:
-        strides = _mask_strides(x.shape, _mask_shape(x.shape, broadcast_dims))
+    x, code = arg.as_input(x, name)
+    rate, generator = arg.as_rate(rate), arg.as_generator(impl)
+    strides = None if broadcast_dims is arg.NO_DIMS else arg.as_mask_strides(x.shape, broadcast_dims)
     if offset is not _NO_OFFSET:
-        offset = _check_offset(offset, x.size)
+        offset = arg.as_offset(offset, x.size)
     if key is not None:
         if rng is not None:
             raise TypeError("both key and rng are given; wanted one of them")
-        key = _check_key(key)
+        key = arg.as_key(key)
     elif not 0.0 < rate < 1.0:
         key = 0  # nothing is drawn
 
-    y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x,), name)
+    y = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (x,), name)
     if key is None:
-        _drop_by_fresh_key(rng, code, x, y, generator, rate, offset, True, strides)
+        drop_by_fresh_key(rng, code, x, y, generator, rate, offset, True, strides)
     else:
         _core.dropout(code, x, y, generator, key, rate, offset, True, strides)
     return _core.deliver(y, out)
@@ -438,8 +174,8 @@ def dropout(
     >>> pyreg.dropout(np.ones(8, np.float32), 0.5, key=7)
     array([2., 2., 0., 2., 2., 2., 2., 0.], dtype=float32)
     """
-    if deterministic is not False and _flag(deterministic, "deterministic"):
-        _check_rate(rate)
+    if deterministic is not False and arg.as_flag(deterministic, "deterministic"):
+        arg.as_rate(rate)
         rate = 0.0
     return _apply(x, rate, key, rng, broadcast_dims, impl, offset, out)
 
@@ -530,117 +266,25 @@ def dropout_mask(
     >>> pyreg.dropout_mask(8, 0.5, key=7, packed=True)
     array([123], dtype=uint8)
     """
-    shape = _integers(shape, "shape")
+    shape = arg.as_integers(shape, "shape")
     if min(shape, default=0) < 0:
-        raise ValueError(f"shape is {_shown(shape)}; wanted lengths of 0 or more")
+        raise ValueError(f"shape is {arg.shown(shape)}; wanted lengths of 0 or more")
     n = math.prod(shape) or math.prod(n for n in shape if n)
     if n >= 1 << 63 or len(shape) > _core.MAX_DIMS:
         raise ValueError(
-            f"shape is {_shown(shape)}; wanted at most {_core.MAX_DIMS} dims and fewer than 2**63 elements"
+            f"shape is {arg.shown(shape)}; wanted at most {_core.MAX_DIMS} dims and fewer than 2**63 elements"
         )
-    if broadcast_dims is not _NO_DIMS:
-        shape = _mask_shape(shape, broadcast_dims)
-    rate, key, generator = _check_rate(rate), _check_key(key), _check_impl(impl)
+    shape = arg.mask_shape(shape, broadcast_dims)
+    rate, key, generator = arg.as_rate(rate), arg.as_key(key), arg.as_generator(impl)
     n = math.prod(shape)
-    offset = _check_offset(offset, n)
-    packed = _flag(packed, "packed")
+    offset = arg.as_offset(offset, n)
+    packed = arg.as_flag(packed, "packed")
     out: Array = np.empty((n + 7) // 8, np.uint8) if packed else np.empty(shape, np.bool_)
     _core.dropout_mask(n, out, packed, generator, key, rate, offset)
     return out
 
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
-
-
-def _check_axis(axis: int, ndim: int) -> int:
-    if type(axis) is not int:
-        axis = _integer(axis, "axis")
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"axis is {_shown(axis)}; wanted a dim of an array with {ndim} dims")
-    return axis + ndim if axis < 0 else axis
-
-
-def _check_epsilon(epsilon: float) -> float:
-    if type(epsilon) is float and 0.0 <= epsilon < math.inf:
-        return epsilon
-    wanted = "a finite number of 0 or more"
-    number = _number(epsilon, "epsilon", wanted)
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"epsilon is {_shown(epsilon)}; wanted {wanted}")
-    return number
-
-
-def _check_activation(activation: Activation | None) -> bool:
-    if activation is None:
-        return False
-    if not isinstance(activation, str) or activation != "relu":
-        raise ValueError(f"activation is {_shown(activation)}; wanted None or 'relu'")
-    return True
-
-
-# The four that follow are of NumPy and of JAX arrays.
-
-
-def _check_elements(x: Any, axis: int) -> None:
-    if x.size == 0 and x.shape[axis] != 0:
-        raise ValueError(f"x has shape {x.shape}; wanted at least one element in each channel")
-
-
-def _check_channels(value: Any, channels: int, name: str) -> None:
-    if value.shape != (channels,):
-        raise ValueError(f"{name} has shape {value.shape}; x has {channels} channels, so wanted ({channels},)")
-    if value.dtype.kind not in "iuf" and value.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {value.dtype}; wanted real numbers")
-
-
-def _check_same(value: Any, x: Any, name: str) -> None:
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}; wanted that of x, {x.dtype}")
-    if value.shape != x.shape:
-        raise ValueError(f"{name} has shape {value.shape}; wanted that of x, {x.shape}")
-
-
-def _seen_in(x: Any, mask: Any, broadcast_to: Callable[..., Any] = np.broadcast_to) -> Any:
-    """The mask in the shape of x."""
-    if mask.dtype != np.bool_:
-        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool")
-    try:
-        return broadcast_to(mask, x.shape)
-    except ValueError:
-        raise ValueError(f"mask has shape {mask.shape}; wanted one that broadcasts to that of x, {x.shape}") from None
-
-
-def _check_statistic(value: ArrayLike | None, code: int, channels: int, name: str) -> Any:
-    """A parameter or statistic, in the dtype that goes with the data; None stays None."""
-    if value is None or _core.is_statistic(value, code, channels):
-        return value
-    value = _as_array(value, name)
-    _check_channels(value, channels, name)
-    return np.ascontiguousarray(value, np.float64 if code == _core.F64 else np.float32)
-
-
-def _check_like(value: ArrayLike, x: Array, name: str) -> Array:
-    """An array of the shape and dtype of x, aligned."""
-    if _core.is_like(value, x):
-        return value  # type: ignore[return-value]
-    value, _ = _as_input(value, name)
-    _check_same(value, x, name)
-    return value
-
-
-def _check_mask(mask: ArrayLike | None, x: Array, axis: int) -> Array | None:
-    """The mask, seen in the shape of x; None stays None."""
-    if mask is None:
-        return None
-    mask = _as_array(mask, "mask")
-    seen: Array = _seen_in(x, mask)
-    mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-    counts = mask.any(axis=tuple(d for d in range(x.ndim) if d != axis))
-    if not counts.all():
-        raise ValueError(
-            f"mask is all false in {np.size(counts) - np.count_nonzero(counts)} channels; wanted true somewhere"
-        )
-    return seen
 
 
 def batch_norm(
@@ -713,17 +357,14 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    x, code = _as_input(x)
-    axis = _check_axis(axis, x.ndim)
-    relu = _check_activation(activation)
-    _check_elements(x, axis)
+    x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
+    arg.check_elements(x, axis)
     channels = x.shape[axis]
-    scale = _check_statistic(scale, code, channels, "scale")
-    bias = _check_statistic(bias, code, channels, "bias")
-    mask = _check_mask(mask, x, axis)
-    residual = None if residual is None else _check_like(residual, x, "residual")
-    epsilon = _check_epsilon(epsilon)
-    y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x, residual), "x", (scale, bias, mask))
+    scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
+    bias = None if bias is None else arg.as_statistic(bias, code, channels, "bias")
+    mask = None if mask is None else arg.as_mask(mask, x, axis)
+    residual = None if residual is None else arg.as_like(residual, x, "residual")
+    y = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (x, residual), "x", (scale, bias, mask))
     mean, var = _core.batch_norm(code, x, axis, epsilon, relu, scale, bias, mask, residual, y)
     return _core.deliver(y, out), mean, var
 
@@ -768,19 +409,15 @@ def batch_norm_inference(
     >>> pyreg.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 10], [4, 1], epsilon=0)
     array([[0.5, 0. ]])
     """
-    x, code = _as_input(x)
-    axis = _check_axis(axis, x.ndim)
-    relu = _check_activation(activation)
+    x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
     channels = x.shape[axis]
-    if mean is None or var is None:
-        raise TypeError("mean or var is None; wanted one value a channel")
-    mean = _check_statistic(mean, code, channels, "mean")
-    var = _check_statistic(var, code, channels, "var")
-    scale = _check_statistic(scale, code, channels, "scale")
-    bias = _check_statistic(bias, code, channels, "bias")
-    residual = None if residual is None else _check_like(residual, x, "residual")
-    epsilon = _check_epsilon(epsilon)
-    y = _core.empty_like(x) if out is None else _prepare_out(out, x, (x, residual), "x", (mean, var, scale, bias))
+    arg.check_given(mean, var)
+    mean = arg.as_statistic(mean, code, channels, "mean")
+    var = arg.as_statistic(var, code, channels, "var")
+    scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
+    bias = None if bias is None else arg.as_statistic(bias, code, channels, "bias")
+    residual = None if residual is None else arg.as_like(residual, x, "residual")
+    y = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (x, residual), "x", (mean, var, scale, bias))
     _core.batch_norm_inference(code, x, axis, epsilon, relu, scale, bias, residual, mean, var, y)
     return _core.deliver(y, out)
 
@@ -837,24 +474,20 @@ def batch_norm_backward(
     >>> dbias
     array([3.])
     """
-    x, code = _as_input(x)
-    dy = _check_like(dy, x, "dy")
-    axis = _check_axis(axis, x.ndim)
-    relu = _check_activation(activation)
-    _check_elements(x, axis)
+    x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
+    dy = arg.as_like(dy, x, "dy")
+    arg.check_elements(x, axis)
     channels = x.shape[axis]
-    if mean is None or var is None:
-        raise TypeError("mean or var is None; wanted what batch_norm returned")
+    arg.check_given(mean, var)
     if relu and y is None:
         raise TypeError("y is None; wanted what batch_norm returned, to know where its activation was 0")
-    mean = _check_statistic(mean, code, channels, "mean")
-    var = _check_statistic(var, code, channels, "var")
-    scale = _check_statistic(scale, code, channels, "scale")
-    mask = _check_mask(mask, x, axis)
-    y = _check_like(y, x, "y") if relu and y is not None else None
-    epsilon = _check_epsilon(epsilon)
+    mean = arg.as_statistic(mean, code, channels, "mean")
+    var = arg.as_statistic(var, code, channels, "var")
+    scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
+    mask = None if mask is None else arg.as_mask(mask, x, axis)
+    y = arg.as_like(y, x, "y") if relu and y is not None else None
     dresidual = _core.empty_like(x) if relu else None
-    dx = _core.empty_like(x) if out is None else _prepare_out(out, x, (dy, x, y), "x", (mean, var, scale, mask))
+    dx = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (dy, x, y), "x", (mean, var, scale, mask))
     dscale, dbias = _core.batch_norm_backward(
         code, dy, x, axis, epsilon, relu, scale, mask, y, mean, var, dx, dresidual
     )
@@ -864,25 +497,10 @@ def batch_norm_backward(
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
-_MOST_THREADS = 2**31 - 1
-
 
 def get_num_threads() -> int:
     """Number of threads that the next large call from this thread or task will use."""
     return _core.get_num_threads()
-
-
-def _check_threads(n: int, wanted: str = "") -> int:
-    message = f"number of threads is {_shown(n)}; wanted an int n from 1 to {_MOST_THREADS}{wanted}"
-    try:
-        number = operator.index(n)
-    except TypeError:
-        raise TypeError(message) from None
-    if isinstance(n, bool):
-        raise TypeError(message)
-    if not 1 <= number <= _MOST_THREADS:
-        raise ValueError(message)
-    return number
 
 
 def set_num_threads(n: int | None) -> None:
@@ -895,7 +513,7 @@ def set_num_threads(n: int | None) -> None:
     The threads that help are shared by all calls, and sleep between them; where the system refuses another one, those
     that there are do the work.  A child made by ``fork()`` starts its own.
     """
-    _core.set_num_threads(0 if n is None else _check_threads(n, ", or None for automatic"))
+    _core.set_num_threads(0 if n is None else arg.as_threads(n, ", or None for automatic"))
 
 
 @contextlib.contextmanager
@@ -910,7 +528,7 @@ def num_threads(n: int) -> Iterator[None]:
     >>> with pyreg.num_threads(1):
     ...     y = pyreg.dropout(np.ones(8), 0.5)
     """
-    number = _core.ask_threads(_check_threads(n))
+    number = _core.ask_threads(arg.as_threads(n))
     try:
         yield
     finally:

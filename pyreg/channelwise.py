@@ -2,43 +2,11 @@
 
 import numpy as np
 
-from pyreg import _ops
+from pyreg import _arguments as arg
+from pyreg._arguments import Dims, Impl
 from pyreg.layers import Dropout
 
 __all__ = ["DropPath", "Dropout1d", "Dropout2d", "Dropout3d", "WordDropout"]
-
-
-# ---- Which dims share a mask (also for pyreg.nnx) --------------------------------------------------------------------
-
-
-def channel_axis(axis: int, spatial: int) -> int:
-    """``axis`` of a batch of arrays with so many spatial dims, counted from the front."""
-    counted = _ops._check_axis(axis, spatial + 2)
-    if counted == 0:
-        raise ValueError(f"axis is {axis}; wanted the dim of the channels, but dim 0 is the batch")
-    return counted
-
-
-def dims_of_channel(ndim: int, axis: int, spatial: int) -> tuple[int, ...]:
-    """The spatial dims; ``axis`` is the channels' in a batch, and one less without the dim of the batch."""
-    batch = ndim - spatial - 1
-    if batch not in (0, 1):
-        raise ValueError(f"the array has {ndim} dims; wanted {spatial + 2}, or {spatial + 1} without a batch")
-    return tuple(d for d in range(batch, ndim) if d != axis - 1 + batch)
-
-
-def dims_of_sample(ndim: int) -> tuple[int, ...]:
-    """All but the first, which counts the samples."""
-    if ndim == 0:
-        raise ValueError("the array has 0 dims; wanted a batch of samples, (N, ...)")
-    return tuple(range(1, ndim))
-
-
-def dims_of_word(ndim: int) -> tuple[int, ...]:
-    """The last: the features of a word."""
-    if ndim == 0:
-        raise ValueError("the array has 0 dims; wanted words, (..., features)")
-    return (ndim - 1,)
 
 
 # ---- Channels --------------------------------------------------------------------------------------------------------
@@ -54,15 +22,15 @@ class _ChannelDropout(Dropout):
         *,
         axis: int = 1,
         rng: int | np.random.Generator | None = None,
-        impl: _ops.Impl = "philox",
+        impl: Impl = "philox",
         inverted: bool = True,
     ) -> None:
         super().__init__(rate, rng=rng, impl=impl, inverted=inverted)
-        channel_axis(axis, self._spatial)
+        arg.as_channel_axis(axis, self._spatial)
         self.axis = axis
 
-    def _shared_dims(self, ndim: int) -> _ops.Dims:
-        return dims_of_channel(ndim, channel_axis(self.axis, self._spatial), self._spatial)
+    def _shared_dims(self, ndim: int) -> Dims:
+        return arg.dims_of_channel(ndim, self.axis, self._spatial)
 
 
 class Dropout1d(_ChannelDropout):
@@ -161,15 +129,15 @@ class _WholeDropout(Dropout):
         *,
         scale_by_keep: bool = True,
         rng: int | np.random.Generator | None = None,
-        impl: _ops.Impl = "philox",
+        impl: Impl = "philox",
         inverted: bool = True,
     ) -> None:
         super().__init__(rate, rng=rng, impl=impl, inverted=inverted)
-        self.scale_by_keep = _ops._flag(scale_by_keep, "scale_by_keep")
+        self.scale_by_keep = arg.as_flag(scale_by_keep, "scale_by_keep")
 
     @property
     def _scaled(self) -> bool:
-        return _ops._flag(self.scale_by_keep, "scale_by_keep") and self.inverted
+        return arg.as_flag(self.scale_by_keep, "scale_by_keep") and self.inverted
 
 
 class DropPath(_WholeDropout):
@@ -201,8 +169,8 @@ class DropPath(_WholeDropout):
            [2., 2.]], dtype=float32)
     """
 
-    def _shared_dims(self, ndim: int) -> _ops.Dims:
-        return dims_of_sample(ndim)
+    def _shared_dims(self, ndim: int) -> Dims:
+        return arg.dims_of_sample(ndim)
 
 
 class WordDropout(_WholeDropout):
@@ -232,5 +200,5 @@ class WordDropout(_WholeDropout):
             [2., 2., 2.]]], dtype=float32)
     """
 
-    def _shared_dims(self, ndim: int) -> _ops.Dims:
-        return dims_of_word(ndim)
+    def _shared_dims(self, ndim: int) -> Dims:
+        return arg.dims_of_word(ndim)

@@ -8,7 +8,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from pyreg import _arguments as arg
 from pyreg import _core, _ops
+from pyreg._arguments import Array, Dims, Impl
 
 __all__ = ["BatchNorm", "Dropout"]
 
@@ -25,7 +27,7 @@ os.register_at_fork(after_in_child=_count_fork)
 
 def _check_state(state: Any) -> None:
     if not isinstance(state, Mapping):
-        raise TypeError(f"state is {_ops._kind(state)}; wanted a mapping, such as state_dict() returns")
+        raise TypeError(f"state is {arg.kind(state)}; wanted a mapping, such as state_dict() returns")
 
 
 class Layer:
@@ -61,7 +63,7 @@ class Layer:
         >>> pyreg.Dropout(0.5).train(False).training
         False
         """
-        self.training = _ops._flag(mode, "mode")
+        self.training = arg.as_flag(mode, "mode")
         return self
 
     def eval(self) -> Self:
@@ -136,17 +138,17 @@ class Dropout(Layer):
         self,
         rate: float = 0.5,
         *,
-        broadcast_dims: _ops.Dims = (),
+        broadcast_dims: Dims = (),
         rng: int | np.random.Generator | None = None,
-        impl: _ops.Impl = "philox",
+        impl: Impl = "philox",
         inverted: bool = True,
     ) -> None:
-        self.rate = _ops._check_rate(rate)
-        _ops._integers(broadcast_dims, "broadcast_dims")
+        self.rate = arg.as_rate(rate)
+        arg.as_integers(broadcast_dims, "broadcast_dims")
         self.broadcast_dims = broadcast_dims
-        _ops._check_impl(impl)
+        arg.as_generator(impl)
         self.impl = impl
-        self.inverted = _ops._flag(inverted, "inverted")
+        self.inverted = arg.as_flag(inverted, "inverted")
         self.rng = rng
         self.key: int | None = None
         # What backward() takes of the last call: was it in training, the shape of x, rate, generator, strides of the
@@ -165,7 +167,7 @@ class Dropout(Layer):
         if rng is None:
             self._seeded_in = -1  # nowhere yet
         else:
-            self._rng, self._seeded_in = _ops._generator(rng), None
+            self._rng, self._seeded_in = arg.as_rng(rng), None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of pickles whose layer has ``rng`` as an attribute of its own."""
@@ -175,7 +177,7 @@ class Dropout(Layer):
             state["_rng"], state["_seeded_in"] = state.pop("rng"), None
         self.__dict__.update(state)
 
-    def __call__(self, x: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
+    def __call__(self, x: ArrayLike, *, out: Array | None = None) -> Array:
         """Dropout of ``x`` in training; in evaluation ``x`` itself, or ``x * (1 - rate)`` if not ``inverted``.
 
         Parameters
@@ -195,23 +197,22 @@ class Dropout(Layer):
         TypeError, ValueError, KeyboardInterrupt
             As :func:`pyreg.dropout`; the layer is then as it was before the call.
         """
-        x, code = _ops._as_input(x)
-        rate, generator = _ops._check_rate(self.rate), _ops._check_impl(self.impl)
-        dims, strides = self._shared_dims(x.ndim), None
-        if dims is not _ops._NO_DIMS:
-            strides = _ops._mask_strides(x.shape, _ops._mask_shape(x.shape, dims))
-        inverted, scaled = _ops._flag(self.inverted, "inverted"), self._scaled
-        if not _ops._flag(self.training, "training"):
+        x, code = arg.as_input(x)
+        rate, generator = arg.as_rate(self.rate), arg.as_generator(self.impl)
+        dims = self._shared_dims(x.ndim)
+        strides = None if dims is arg.NO_DIMS else arg.as_mask_strides(x.shape, dims)
+        inverted, scaled = arg.as_flag(self.inverted, "inverted"), self._scaled
+        if not arg.as_flag(self.training, "training"):
             y = self._evaluate(x, inverted, rate, out, "x")
             self._last = False, x.shape, rate, generator, strides, inverted, scaled, 0
             return y
-        y = _core.empty_like(x) if out is None else _ops._prepare_out(out, x, (x,))
-        key = _ops._drop_by_fresh_key(self.rng, code, x, y, generator, rate, 0, scaled, strides)
+        y = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (x,))
+        key = _ops.drop_by_fresh_key(self.rng, code, x, y, generator, rate, 0, scaled, strides)
         y = _core.deliver(y, out)
         self._last, self.key = (True, x.shape, rate, generator, strides, inverted, scaled, key), key
         return y
 
-    def backward(self, dy: ArrayLike, *, out: _ops.Array | None = None) -> _ops.Array:
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Gradient of the last call, in whatever mode and with whatever settings that was, with respect to its input.
 
         Parameters
@@ -245,16 +246,16 @@ class Dropout(Layer):
         if self._last is None:
             raise RuntimeError("backward() before a call; wanted layer(x) first")
         trained, shape, rate, generator, strides, inverted, scaled, key = self._last
-        dy, code = _ops._as_input(dy, "dy")
+        dy, code = arg.as_input(dy, "dy")
         if dy.shape != shape:
             raise ValueError(f"dy has {dy.ndim} dims, shape {dy.shape}; wanted the shape that x had, {shape}")
         if not trained:
             return self._evaluate(dy, inverted, rate, out, "dy")
-        dx = _core.empty_like(dy) if out is None else _ops._prepare_out(out, dy, (dy,), "dy")
+        dx = _core.empty_like(dy) if out is None else arg.prepare_out(out, dy, (dy,), "dy")
         _core.dropout(code, dy, dx, generator, key, rate, 0, scaled, strides)
         return _core.deliver(dx, out)
 
-    def _shared_dims(self, ndim: int) -> _ops.Dims:
+    def _shared_dims(self, ndim: int) -> Dims:
         """Dims of an input along which the mask is shared; raises if there can be no such input."""
         return self.broadcast_dims
 
@@ -264,13 +265,13 @@ class Dropout(Layer):
         return self.inverted
 
     @staticmethod
-    def _evaluate(x: _ops.Array, inverted: bool, rate: float, out: _ops.Array | None, name: str) -> _ops.Array:
+    def _evaluate(x: Array, inverted: bool, rate: float, out: Array | None, name: str) -> Array:
         if inverted:
             if out is None:
                 return x
-            _ops._check_out(out, x, name)
+            arg.check_out(out, x, name)
             return _core.deliver(x, out)
-        y = _core.empty_like(x) if out is None else _ops._prepare_out(out, x, (x,), name)
+        y = _core.empty_like(x) if out is None else arg.prepare_out(out, x, (x,), name)
         np.multiply(x, x.dtype.type(1 - rate), out=y)
         return _core.deliver(y, out)
 
@@ -305,9 +306,9 @@ class Dropout(Layer):
         >>> bool((y[0] == y[1]).all())
         False
         """
-        n = _ops._integer(n, "n")
+        n = arg.as_integer(n, "n")
         if not 0 <= n < 1 << 63:
-            raise ValueError(f"n is {_ops._shown(n)}; wanted how many layers to make")
+            raise ValueError(f"n is {arg.shown(n)}; wanted how many layers to make")
         try:
             rngs = self.rng.spawn(n) if self._seeded_in is None else [None] * n
         except TypeError as error:
@@ -369,7 +370,7 @@ class Dropout(Layer):
         try:
             copy.deepcopy(source).state = state["rng"]  # it may be taken in part
         except Exception as error:
-            raise _ops._error_like(error)(
+            raise arg.error_like(error)(
                 f"state['rng'] is not one of {type(source).__name__}, this layer's generator: {error!r}"
             ) from error
         source.state = state["rng"]
@@ -447,29 +448,29 @@ class BatchNorm(Layer):
         use_bias: bool = True,
         dtype: DTypeLike = np.float32,
     ):
-        self.num_features = _ops._integer(num_features, "num_features")
+        self.num_features = arg.as_integer(num_features, "num_features")
         try:
             dtype = np.dtype(dtype)
         except Exception:
-            raise TypeError(f"dtype is {_ops._shown(dtype)}; wanted a float dtype") from None
+            raise TypeError(f"dtype is {arg.shown(dtype)}; wanted a float dtype") from None
         if not _is_float(dtype):
             raise TypeError(f"dtype is {dtype}; wanted a float dtype")
         if not 0 <= self.num_features < 2**63 // dtype.itemsize:
-            raise ValueError(f"num_features is {_ops._shown(num_features)}; wanted the length of an array")
-        self.axis = _ops._integer(axis, "axis")
-        self.momentum = _check_momentum(momentum)
-        self.epsilon = _ops._check_epsilon(epsilon)
-        use_scale, use_bias = _ops._flag(use_scale, "use_scale"), _ops._flag(use_bias, "use_bias")
-        self.scale: _ops.Array | None = np.ones(self.num_features, dtype) if use_scale else None
-        self.bias: _ops.Array | None = np.zeros(self.num_features, dtype) if use_bias else None
-        self.mean: _ops.Array = np.zeros(self.num_features, dtype)
-        self.var: _ops.Array = np.ones(self.num_features, dtype)
-        self.grads: dict[str, _ops.Array] = {}
+            raise ValueError(f"num_features is {arg.shown(num_features)}; wanted the length of an array")
+        self.axis = arg.as_integer(axis, "axis")
+        self.momentum = arg.as_momentum(momentum)
+        self.epsilon = arg.as_epsilon(epsilon)
+        use_scale, use_bias = arg.as_flag(use_scale, "use_scale"), arg.as_flag(use_bias, "use_bias")
+        self.scale: Array | None = np.ones(self.num_features, dtype) if use_scale else None
+        self.bias: Array | None = np.zeros(self.num_features, dtype) if use_bias else None
+        self.mean: Array = np.zeros(self.num_features, dtype)
+        self.var: Array = np.ones(self.num_features, dtype)
+        self.grads: dict[str, Array] = {}
         # What backward() takes of the last call: was it in training, x, mask, mean, var, scale (a copy, as are mean and
         # var of evaluation), scale and bias as they are now, for their dtypes, axis and epsilon.
-        self._saved: tuple[bool, _ops.Array, Any, _ops.Array, _ops.Array, Any, Any, Any, Any] | None = None
+        self._saved: tuple[bool, Array, Any, Array, Array, Any, Any, Any, Any] | None = None
 
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> _ops.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Batch-norm of ``x``; in training the running statistics take a step.
 
         Parameters
@@ -489,22 +490,21 @@ class BatchNorm(Layer):
         TypeError, ValueError, KeyboardInterrupt
             As :func:`pyreg.batch_norm`; the layer is then as it was before the call.
         """
-        x, code = _ops._as_input(x)
-        axis = _ops._check_axis(self.axis, x.ndim)
+        x, code, axis, epsilon, _ = arg.as_norm(x, self.axis, self.epsilon, None)
         channels = x.shape[axis]
-        if channels != _ops._integer(self.num_features, "num_features"):
-            raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {_ops._shown(self.num_features)}")
-        options: Any = {"axis": axis, "epsilon": _ops._check_epsilon(self.epsilon)}
+        if channels != arg.as_integer(self.num_features, "num_features"):
+            raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {arg.shown(self.num_features)}")
+        options: Any = {"axis": axis, "epsilon": epsilon}
         scale, bias = _optional(self.scale, "scale"), _optional(self.bias, "bias")
         saved = None if scale is None else scale.copy()
-        if not _ops._flag(self.training, "training"):
+        if not arg.as_flag(self.training, "training"):
             if mask is not None:
-                _ops._seen_in(x, _ops._as_array(mask, "mask"))
-            mean, var = _ops._as_array(self.mean, "mean").copy(), _ops._as_array(self.var, "var").copy()
+                arg.spread_mask(x, arg.as_array(mask, "mask"))
+            mean, var = arg.as_array(self.mean, "mean").copy(), arg.as_array(self.var, "var").copy()
             y = _ops.batch_norm_inference(x, mean, var, scale, bias, **options)
             self._saved = False, x, None, mean, var, saved, scale, bias, options
             return y
-        momentum = _check_momentum(self.momentum)
+        momentum = arg.as_momentum(self.momentum)
         old_mean, old_var = self._running("mean", code, channels), self._running("var", code, channels)
         y, mean, var = _ops.batch_norm(x, scale, bias, mask=mask, **options)
         new_mean, new_var = _step(momentum, old_mean, mean), _step(momentum, old_var, var)
@@ -512,7 +512,7 @@ class BatchNorm(Layer):
         self.mean, self.var = new_mean, new_var
         return y
 
-    def backward(self, dy: ArrayLike) -> _ops.Array:
+    def backward(self, dy: ArrayLike) -> Array:
         """Gradient of the last call, in whatever mode that was, with respect to its input; sets ``grads``.
 
         Parameters
@@ -547,7 +547,7 @@ class BatchNorm(Layer):
         if trained:
             dx, dscale, dbias = _ops.batch_norm_backward(dy, x, mean, var, scale, mask=mask, **options)
         else:  # the statistics are constants
-            g = _ops._check_like(dy, x, "dy")
+            g = arg.as_like(dy, x, "dy")
             dx = _ops.batch_norm_inference(g, np.zeros_like(mean), var, scale, **options)
             wide = x.astype(np.float32) if x.itemsize == 2 else x
             xhat = _ops.batch_norm_inference(wide, mean, var, **options).astype(np.float64)
@@ -562,18 +562,18 @@ class BatchNorm(Layer):
         self.grads = grads
         return dx
 
-    def _running(self, name: str, code: int, channels: int) -> _ops.Array:
+    def _running(self, name: str, code: int, channels: int) -> Array:
         """A running statistic that can take a step."""
         value = getattr(self, name)
         if _core.is_statistic(value, code, channels):
             return value  # type: ignore[no-any-return]
-        value = _ops._as_array(value, name)
-        _ops._check_channels(value, channels, name)
+        value = arg.as_array(value, name)
+        arg.check_channels(value, channels, name)
         if not _is_float(value.dtype):
             raise TypeError(f"{name} has dtype {value.dtype}; wanted a float dtype")
         return value
 
-    def state_dict(self) -> dict[str, _ops.Array]:
+    def state_dict(self) -> dict[str, Array]:
         """Parameters and running statistics, by Flax's names.
 
         Returns
@@ -620,10 +620,10 @@ class BatchNorm(Layer):
             )
         new = {}
         for name, key in zip(names, given, strict=True):
-            value = _ops._as_array(state[key], name)
+            value = arg.as_array(state[key], name)
             if value.shape != (self.num_features,):
                 raise ValueError(f"{name} has shape {value.shape}; wanted ({self.num_features},)")
-            _ops._check_channels(value, self.num_features, name)
+            arg.check_channels(value, self.num_features, name)
             new[name] = _with_room(value, np.asarray(getattr(self, name)).dtype, name)
         for name, value in new.items():
             setattr(self, name, value)
@@ -636,7 +636,7 @@ class BatchNorm(Layer):
         return f"BatchNorm({self.num_features}, axis={self.axis}, momentum={self.momentum}, epsilon={self.epsilon})"
 
 
-def _with_room(value: _ops.Array, dtype: np.dtype[Any], name: str) -> _ops.Array:
+def _with_room(value: Array, dtype: np.dtype[Any], name: str) -> Array:
     """A copy of another dtype, which has room for its numbers."""
     with np.errstate(over="ignore"):
         new = value.astype(dtype)
@@ -645,26 +645,16 @@ def _with_room(value: _ops.Array, dtype: np.dtype[Any], name: str) -> _ops.Array
     return new
 
 
-def _check_momentum(momentum: float) -> float:
-    if type(momentum) is float and 0.0 <= momentum <= 1.0:
-        return momentum
-    wanted = "a weight of the old value in [0, 1]"
-    number = _ops._number(momentum, "momentum", wanted)
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"momentum is {_ops._shown(momentum)}; wanted {wanted}")
-    return number
-
-
 def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
 def _optional(value: Any, name: str) -> Any:
     """A parameter as an array; None stays None."""
-    return value if value is None or type(value) is np.ndarray else _ops._as_array(value, name)
+    return value if value is None or type(value) is np.ndarray else arg.as_array(value, name)
 
 
-def _cast(gradient: _ops.Array, dtype: np.dtype[Any]) -> _ops.Array:
+def _cast(gradient: Array, dtype: np.dtype[Any]) -> Array:
     """A gradient in the dtype of its parameter."""
     if gradient.dtype == dtype or not _is_float(dtype):
         return gradient
@@ -672,7 +662,7 @@ def _cast(gradient: _ops.Array, dtype: np.dtype[Any]) -> _ops.Array:
         return gradient.astype(dtype)
 
 
-def _step(momentum: float, old: _ops.Array, new: _ops.Array) -> _ops.Array:
+def _step(momentum: float, old: Array, new: Array) -> Array:
     """A running statistic after a batch."""
     stepped = momentum * old + (1 - momentum) * new
     return stepped if stepped.dtype == old.dtype else stepped.astype(old.dtype)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen import dtypes
 
-from pyreg._flax import Activation, Impl, activate, check_rate, draws, drop_weights, normalises, step
-from pyreg.jax import batch_norm, dropout
+from pyreg._arguments import Activation, JaxImpl
+from pyreg._flax import activate, draws, draws_weights, drop_weights, normalise, normalises, step
+from pyreg.jax import dropout
 
 __all__ = ["BatchNorm", "Dropout", "dot_product_attention"]
 
@@ -42,7 +43,7 @@ class Dropout(linen.Dropout):
     >>> y = layer.apply({}, jax.numpy.ones((2, 3)), rngs={"dropout": jax.random.key(0)})
     """
 
-    impl: Impl = dataclasses.field(default="auto", kw_only=True)
+    impl: JaxImpl = dataclasses.field(default="auto", kw_only=True)
 
     @linen.compact
     def __call__(self, inputs: Any, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
@@ -87,17 +88,7 @@ class BatchNorm(linen.BatchNorm):
         scale = self.param("scale", self.scale_init, channels, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, channels, self.param_dtype) if self.use_bias else None
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        y, mean, var = batch_norm(
-            jnp.asarray(x, jnp.promote_types(x.dtype, dtype)),
-            scale,
-            bias,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            mask=None if mask is None else jnp.asarray(mask, bool),
-            activation=self.activation,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-        )
+        y, mean, var = normalise(self, jnp.asarray(x, jnp.promote_types(x.dtype, dtype)), scale, bias, mask)
         statistics = jnp.promote_types(x.dtype if self.dtype is None else self.dtype, jnp.float32)
         for running, new in ((running_mean, mean), (running_var, var)):
             running.value = step(self.momentum, running.value, new.astype(statistics))
@@ -122,7 +113,7 @@ def dot_product_attention(
     qk_attn_weights_einsum: Callable[..., Any] | None = None,
     attn_weights_value_einsum: Callable[..., Any] | None = None,
     *,
-    impl: Impl = "auto",
+    impl: JaxImpl = "auto",
 ) -> jax.Array:
     """`flax.linen.dot_product_attention` with pyreg's dropout: an ``attention_fn`` of linen's attention modules.
 
@@ -149,49 +140,16 @@ def dot_product_attention(
     ...     2, dropout_rate=0.1, deterministic=False, attention_fn=pyreg.linen.dot_product_attention
     ... )
     """
+    given: dict[str, Any] = dict(locals())  # Flax's arguments, by name
+    del given["impl"]
     einsums = (qk_attn_weights_einsum, attn_weights_value_einsum)
     refused = any(einsums) and (precision or not all(einsums))  # by Flax
-    if (
-        deterministic
-        or dropout_rng is None
-        or check_rate(dropout_rate) in (0, 1)
-        or einsum_dot_general is not None
-        or refused
-    ):
-        return linen.dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            broadcast_dropout,
-            dropout_rng,
-            dropout_rate,
-            deterministic,
-            dtype,
-            precision,
-            module,
-            force_fp32_for_softmax,
-            einsum_dot_general,
-            qk_attn_weights_einsum,
-            attn_weights_value_einsum,
-        )
+    if not draws_weights(given) or einsum_dot_general is not None or refused:
+        return linen.dot_product_attention(**given)
     einsum = functools.partial(jnp.einsum, precision=precision)
 
     def weighted_sum(dims: str, weights: jax.Array, value: jax.Array) -> jax.Array:
-        weights = drop_weights(weights, value.dtype, dropout_rate, dropout_rng, broadcast_dropout, impl)
-        return (attn_weights_value_einsum or einsum)(dims, weights, value)
+        return (attn_weights_value_einsum or einsum)(dims, drop_weights(weights, value.dtype, given, impl), value)
 
-    return linen.dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        deterministic=True,
-        dtype=dtype,
-        module=module,
-        force_fp32_for_softmax=force_fp32_for_softmax,
-        qk_attn_weights_einsum=qk_attn_weights_einsum or einsum,
-        attn_weights_value_einsum=weighted_sum,
-    )
+    own = {"qk_attn_weights_einsum": qk_attn_weights_einsum or einsum, "attn_weights_value_einsum": weighted_sum}
+    return linen.dot_product_attention(**given | own | {"deterministic": True, "precision": None})

@@ -1,6 +1,11 @@
-"""What a call leaves behind: no memory, and nothing at all where memory is refused; forks in any order."""
+"""What a call leaves behind: no memory, and nothing at all where memory is refused; forks in any order.
 
+And what the modules of pyreg take from each other.
+"""
+
+import ast
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
@@ -164,3 +169,33 @@ fork(0)
 @pytest.mark.parametrize("depth", [0, 2])
 def test_forks(before, thread, depth):
     python(FORKS.format(before=before, thread=thread, depth=depth), warnings="ignore", timeout=200)
+
+
+# ---- Modules ---------------------------------------------------------------------------------------------------------
+
+PACKAGE = pathlib.Path(pyreg.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {"_core", *(path.stem for path in FILES), *(path.parent.name for path in FILES)}
+
+
+def private_names(tree):
+    """Names with an underscore in front that a module takes from another one; those of modules do not count."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "pyreg").split(".")[0] == "pyreg":
+            modules |= {name.asname or name.name for name in node.names if name.name in MODULES}
+            yield from (name.name for name in node.names if name.name.startswith("_") and name.name not in MODULES)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(ast.Name(module), name) if module in modules and name.startswith("_"):
+                yield f"{module}.{name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_keep_their_private_names(path):
+    assert set(private_names(ast.parse(path.read_text()))) <= {"__version__"}
+
+
+def test_private_names_are_seen():
+    code = "from pyreg import _ops as ops, _core\nfrom pyreg._ops import _apply, dropout\nops._apply, _core.dropout"
+    assert list(private_names(ast.parse(code))) == ["_apply", "ops._apply"]

@@ -476,7 +476,7 @@ def test_convert_and_revert(impl):
         assert shared is group["a"]
         assert shared.impl == impl
         assert group["b"].activation is None
-        assert plain.attention_fn is pyreg.nnx._ATTENTION[impl]
+        assert plain.attention_fn is pyreg.nnx._convert.ATTENTION[impl]
         assert partial.attention_fn.func is plain.attention_fn
         assert partial.attention_fn.keywords == {"precision": "highest"}
         assert other.attention_fn is attention

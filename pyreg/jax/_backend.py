@@ -1,4 +1,8 @@
-"""How an op reaches the CPU: XLA's foreign function interface, plain JAX operations, or a callback to NumPy."""
+"""How an op reaches the CPU: XLA's foreign function interface, plain JAX operations, or a callback to Python.
+
+The callback shows how little a fallback takes that calls the kernels without XLA's interface.  It copies operands and
+results, holds the GIL, and waits for ever on large arrays where XLA has one thread: only who asks for it gets it.
+"""
 
 import os
 import re
@@ -11,7 +15,7 @@ import jax
 from pyreg import _core
 
 VARIABLE = "PYREG_JAX_BACKEND"
-BACKENDS = ("ffi", "jax", "callback")  # the first that works, but a callback only if it is asked for
+BACKENDS = ("ffi", "jax", "callback")  # by default the first that works, but not the last
 
 _lock = threading.Lock()
 _chosen: tuple[str, str] | None = None  # the backend, and why it is that one

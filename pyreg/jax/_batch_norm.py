@@ -1,20 +1,23 @@
 """Batch-norm as JAX primitives: forward and backward are kernels, other derivatives JAX operations.
 
-forward   x, scale, bias, epsilon, [mask], [residual]                                -> y, mean, var
-tangent   dx, dscale, dbias, [dresidual]; x, mean, var, scale, epsilon, [mask], [y]  -> dy, dmean, dvar
-backward  its transpose: dy, dmean, dvar; x, mean, var, scale, epsilon, [mask], [y]  -> dx, dscale, dbias, [dresidual]
+forward   x, scale, bias, epsilon, mask, residual                                     -> y, mean, low, var
+tangent   dx, dscale, dbias, dresidual; x, mean, var, scale, epsilon, mask, y         -> dy, dmean, dlow, dvar
+backward  its transpose: dy, dmean, dlow, dvar; x, mean, var, scale, epsilon, mask, y -> dx, dscale, dbias, dresidual
 
-Statistics alone, which are then pooled over devices, have mean, low and var in place of y, mean and var.  Of data far
-from zero float32 may hold the mean to no more than a good part of a standard deviation; low is what it lacks.
+Of data far from zero float32 may hold the mean to no more than a good part of a standard deviation.  low is what it
+lacks; statistics that are pooled over devices want it.  Its derivatives are taken to be 0.
+
+What is absent has no elements: a mask or a residual that was not given, y without a ReLU, y where statistics alone are
+wanted.  The options say what is there.
 
 Behind batch dims, which come from vmap and are problems of their own, x and what is like it have the array's dims;
 statistics and parameters have one, in float64 for float64 data, else in float32; epsilon is a number of _numbers.py.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +27,9 @@ from jax import lax
 from jax.interpreters import ad
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pyreg import _core, _ops
-from pyreg._ops import Activation
+from pyreg import _arguments as arg
+from pyreg import _core
+from pyreg._arguments import Activation
 from pyreg.jax import _numbers, _primitive
 
 __all__ = ["batch_norm", "batch_norm_inference"]
@@ -42,11 +46,15 @@ class Options(NamedTuple):
     residual: bool  # there is a residual
     written: bool = True  # false: there is no y, but statistics alone
 
+    @property
+    def for_pooling(self) -> "Options":
+        """Of the call that makes the statistics of a part."""
+        return self._replace(relu=False, residual=False, written=False)
 
-def _split(rest: Sequence[Any], *present: bool) -> list[Any]:
-    """The optional operands, None for those that are absent."""
-    left = iter(rest)
-    return [next(left) if p else None for p in present]
+
+def _absent(like: Any, dtype: Any) -> Array:
+    """What takes the place of an absent array; `like`: values per channel."""
+    return jnp.zeros((*like.shape[:-1], 0), dtype)
 
 
 # ---- Formulas: one problem, in the precision of the statistics -------------------------------------------------------
@@ -70,24 +78,24 @@ def _wide(x: Any) -> Any:
 
 
 def _sum(values: Array, o: Options, mask: Array | None = None) -> Array:
-    return jnp.sum(values, _others(values.ndim, o), where=mask)
+    return jnp.sum(values, _others(values.ndim, o), where=mask if o.masked else None)
 
 
-def _count(x: Array, mask: Array | None, o: Options) -> Array:
+def _count(x: Array, mask: Array, o: Options) -> Array:
     """Elements of each channel that its statistics are of."""
-    if mask is not None:
+    if o.masked:
         return _sum(mask.astype(_statistics_dtype(x)), o)
     n = math.prod(x.shape[d] for d in _others(x.ndim, o))
     return jnp.full(x.shape[o.axis], n, _statistics_dtype(x))
 
 
-def _weight(x: Array, *mask: Array, o: Options) -> Array:
+def _weight(x: Array, _: Any, mask: Any, *, o: Options) -> Array:
     """The share of elements of each channel that its statistics are of."""
     every = math.prod(x.shape[d] for d in _others(x.ndim, o))
-    return _count(x, mask[0] if mask else None, o) / jnp.full(x.shape[o.axis], every, _statistics_dtype(x))
+    return _count(x, mask, o) / jnp.full(x.shape[o.axis], every, _statistics_dtype(x))
 
 
-def _statistics(x: Array, mask: Array | None, o: Options) -> tuple[Array, Array, Array]:
+def _statistics(x: Array, mask: Array, o: Options) -> tuple[Array, Array, Array]:
     """Mean, what it lacks (which is not known here), and variance."""
     n, wide = _count(x, mask, o), _wide(x)
     mean = _sum(wide, o, mask) / n
@@ -134,7 +142,7 @@ def _split_digits(a: Array) -> tuple[Array, Array]:
 
 
 def _normalise(
-    x: Array, mean: Array, low: Any, var: Array, scale: Any, bias: Any, epsilon: Any, *residual: Array, o: Options
+    x: Array, scale: Any, bias: Any, epsilon: Any, residual: Any, mean: Array, low: Any, var: Array, *, o: Options
 ) -> Array:
     """epsilon: as a number."""
     gain = scale * lax.rsqrt(var + epsilon)
@@ -143,27 +151,28 @@ def _normalise(
         centred = centred - _along(low, x, o)
     y = centred * _along(gain, x, o) + _along(bias, x, o)
     if o.residual:
-        y = y + _wide(residual[0])
+        y = y + _wide(residual)
     return (jnp.maximum(y, 0) if o.relu else y).astype(x.dtype)
 
 
-def _forward(x: Array, scale: Array, bias: Array, epsilon: Array, *rest: Array, o: Options) -> list[Array]:
-    mask, _ = _split(rest, o.masked, o.residual)
+def _forward(
+    x: Array, scale: Array, bias: Array, epsilon: Array, mask: Array, residual: Array, *, o: Options
+) -> list[Array]:
     mean, low, var = _statistics(x, mask, o)
     if not o.written:
-        return [mean, low, var]
-    number = _numbers.read(epsilon, _statistics_dtype(x))
-    return [_normalise(x, mean, None, var, scale, bias, number, *rest[o.masked :], o=o), mean, var]
+        return [_absent(mean, x.dtype), mean, low, var]
+    number = _numbers.read(epsilon, var.dtype)
+    return [_normalise(x, scale, bias, number, residual, mean, None, var, o=o), mean, low, var]
 
 
-def _from_mean(x: Array, mean: Array, mask: Array | None, o: Options) -> tuple[Array, Array]:
+def _from_mean(x: Array, mean: Array, mask: Array, o: Options) -> tuple[Array, Array]:
     """Elements of each channel, and x - mean, 0 for masked elements that are not finite.
 
     Of statistics alone a part may have no elements: then 1 for 0, and no masked element counts; NaN would spread
     through derivatives, even times 0.
     """
     n, centred = _count(x, mask, o), _wide(x) - _along(mean, x, o)
-    if mask is None:
+    if not o.masked:
         return n, centred
     counts = mask | jnp.isfinite(centred) if o.written else mask
     return (n if o.written else jnp.maximum(n, 1)), jnp.where(counts, centred, 0)
@@ -173,38 +182,43 @@ def _rstd(var: Array, epsilon: Array) -> Array:
     return lax.rsqrt(var + _numbers.read(epsilon, var.dtype))
 
 
-def _tangent(dx: Array, dscale: Array, dbias: Array, *rest: Array, o: Options) -> list[Array]:
-    dresidual, x, mean, var, scale, epsilon, mask, y = _split(rest, o.residual, *[True] * 5, o.masked, o.relu)
+def _tangent(
+    dx: Array, dscale: Array, dbias: Array, dresidual: Array, x: Array, *known: Array, o: Options
+) -> list[Array]:
+    mean, var, scale, epsilon, mask, y = known
     (n, centred), rstd, dx = _from_mean(x, mean, mask, o), _rstd(var, epsilon), _wide(dx)
     centred = centred - _along(_sum(centred, o, mask) / n, x, o)
-    if mask is not None and not o.written:
+    if o.masked and not o.written:
         centred = jnp.where(mask, centred, 0)
     dmean, dvar = _sum(dx, o, mask) / n, 2 * _sum(dx * centred, o, mask) / n
+    dlow = jnp.zeros_like(dmean)
     if not o.written:
-        return [dmean, jnp.zeros_like(dmean), dvar]
+        return [_absent(mean, x.dtype), dmean, dlow, dvar]
     dgain = dscale * rstd - scale * rstd**3 * dvar / 2
     dy = (dx - _along(dmean, x, o)) * _along(scale * rstd, x, o) + centred * _along(dgain, x, o) + _along(dbias, x, o)
     if o.residual:
         dy = dy + _wide(dresidual)
-    return [(jnp.where(y > 0, dy, 0) if o.relu else dy).astype(x.dtype), dmean, dvar]
+    return [(jnp.where(y > 0, dy, 0) if o.relu else dy).astype(x.dtype), dmean, dlow, dvar]
 
 
-def _backward(*args: Array, o: Options, psum: Callable[[list[Array]], Any] = lambda a: a) -> list[Array]:
+def _backward(
+    dy: Array, dmean: Array, _: Array, dvar: Array, x: Array, *known: Array, o: Options, psum: Any = lambda sums: sums
+) -> list[Array]:
     """psum: sums, of a list, over the shards of the channels' elements."""
-    x, mean, var, scale, epsilon, mask, y = _split(args[3:], *[True] * 5, o.masked, o.relu)
+    mean, var, scale, epsilon, mask, y = known
     (n, centred), rstd = _from_mean(x, mean, mask, o), _rstd(var, epsilon)
+    absent = _absent(mean, x.dtype)
 
     def through_statistics(constant: Array, slope: Array) -> Array:
         values = _along(constant, x, o) + _along(slope, x, o) * centred
-        return values if mask is None else jnp.where(mask, values, 0)
+        return jnp.where(mask, values, 0) if o.masked else values
 
     if not o.written:
-        dmean, _, dvar = args[:3]
         centred = centred - _along(_sum(centred, o, mask) / n, x, o)
-        return [through_statistics(dmean / n, 2 * dvar / n).astype(x.dtype), *[jnp.zeros_like(scale)] * 2]
-    dy, dmean, dvar = args[:3]
+        dx, none = through_statistics(dmean / n, 2 * dvar / n), jnp.zeros_like(scale)
+        return [dx.astype(x.dtype), none, none, absent]
     g = jnp.where(y > 0, _wide(dy), 0) if o.relu else _wide(dy)
-    counted = g if mask is None else jnp.where(mask | jnp.isfinite(x), g, 0)
+    counted = jnp.where(mask | jnp.isfinite(x), g, 0) if o.masked else g
     sums = [n, _sum(centred, o, mask), _sum(counted * centred, o), _sum(counted, o), _sum(g, o)]
     n, correction, product, total, dbias = psum(sums)
     correction = correction / n  # what the mean lacks
@@ -212,7 +226,7 @@ def _backward(*args: Array, o: Options, psum: Callable[[list[Array]], Any] = lam
     centred = centred - _along(correction, x, o)
     constant, slope = (dmean - scale * rstd * dbias) / n, (2 * dvar - scale * rstd**2 * dscale) / n
     dx = _along(scale * rstd, x, o) * g + through_statistics(constant, slope)
-    return [dx.astype(x.dtype), dscale, dbias, *([g.astype(x.dtype)] if o.residual else [])]
+    return [dx.astype(x.dtype), dscale, dbias, g.astype(x.dtype) if o.residual else absent]
 
 
 def _problems(one: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,130 +234,100 @@ def _problems(one: Callable[..., Any]) -> Callable[..., Any]:
 
     def many(*args: Array, o: Options, **options: Any) -> Any:
         function = functools.partial(one, o=o, **options)
-        for _ in range(_batch_dims(args)):
+        for _ in range(args[1].ndim - 1):  # the second operand of every primitive is a value per channel
             function = jax.vmap(function)
         return function(*args)
 
     return many
 
 
-def _batch_dims(args: Sequence[Any]) -> int:
-    """The second operand of every primitive is a value per channel."""
-    return len(args[1].shape) - 1
-
-
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _or_none(a: Array | None, dtype: Any) -> Array:
-    """An operand that may be absent: then it has no elements."""
-    return jnp.zeros(0, dtype) if a is None else a
-
-
-def _native_forward(
-    x: Array, scale: Array, bias: Array, epsilon: Array, *rest: Array, o: Options, reuse: bool = False
-) -> list[Array]:
+def _native_forward(*args: Array, o: Options, reuse: bool = False) -> list[Array]:
     del reuse  # the backward pass wants x
-    mask, residual = _split(rest, o.masked, o.residual)
-    y = jax.typeof(x) if o.written else jax.ShapeDtypeStruct((0,), x.dtype)
-    call = jax.ffi.ffi_call("pyreg_batch_norm_forward_v2", [y, *[jax.typeof(scale)] * 3])
-    operands = x, scale, bias, epsilon, _or_none(mask, bool), _or_none(residual, x.dtype)
-    y, mean, low, var = call(*operands, axis=o.axis, relu=o.relu)
-    return [y, mean, var] if o.written else [mean, low, var]
+    results = _abstract_forward(*map(jax.typeof, args), o=o)
+    return list(jax.ffi.ffi_call("pyreg_batch_norm_forward_v2", results)(*args, axis=o.axis, relu=o.relu))
 
 
-def _native_backward(*args: Array, o: Options, reuse: bool = False) -> list[Array]:
-    mask, y = _split(args[8:], o.masked, o.relu)
-    x, scale = args[3], args[6]
-    dresidual = jax.typeof(x) if o.residual else jax.ShapeDtypeStruct((0,), x.dtype)
-    results = [jax.typeof(x), jax.typeof(scale), jax.typeof(scale), dresidual]
+def _native_backward(
+    dy: Array, dmean: Array, dlow: Array, dvar: Array, *known: Array, o: Options, reuse: bool = False
+) -> list[Array]:
+    results = _abstract_backward(*map(jax.typeof, (dy, dmean, dlow, dvar, *known)), o=o)
     call = jax.ffi.ffi_call("pyreg_batch_norm_backward_v2", results, input_output_aliases={0: 0} if reuse else {})
-    return list(call(*args[:8], _or_none(mask, bool), _or_none(y, x.dtype), axis=o.axis)[: 3 + o.residual])
-
-
-def _each_problem(one: Callable[..., Any]) -> Callable[..., Any]:
-    """The callback on NumPy arrays for operands with batch dims."""
-
-    def many(*args: Any, o: Options) -> list[Any]:
-        args = tuple(np.asarray(a) for a in args)
-        batch = args[1].shape[:-1]
-        results = [one(*(a[at] for a in args), o=o) for at in np.ndindex(batch)]
-        return [np.stack(r).reshape(batch + r[0].shape) for r in zip(*results, strict=True)]
-
-    return many
+    return list(call(dy, dmean, dvar, *known, axis=o.axis))
 
 
 def _number(words: Any) -> float:
     return float(words[:2].copy().view("<f8")[0])
 
 
-def _callback_forward(x: Any, scale: Any, bias: Any, epsilon: Any, *rest: Any, o: Options) -> list[Any]:
-    mask, residual = _split(rest, o.masked, o.residual)
-    y, low, code = np.empty_like(x), np.empty_like(scale), _ops._as_input(x)[1]
+def _callback_forward(
+    x: Any, scale: Any, bias: Any, epsilon: Any, mask: Any, residual: Any, *, o: Options
+) -> list[Any]:
+    y, low, code = np.empty_like(x), np.empty_like(scale), arg.as_input(x)[1]
+    mask, residual = mask if o.masked else None, residual if o.residual else None
     mean, var = _core.batch_norm(code, x, o.axis, _number(epsilon), o.relu, scale, bias, mask, residual, y, low)
-    return [y, mean, var] if o.written else [mean, low, var]
+    return [y if o.written else y.ravel()[:0], mean, low, var]
 
 
-def _callback_backward(*args: Any, o: Options) -> list[Any]:
-    dy, dmean, dvar, x, mean, var, scale, epsilon, mask, y = _split(args, *[True] * 8, o.masked, o.relu)
-    dx, dresidual, code = np.empty_like(x), np.empty_like(x) if o.residual else None, _ops._as_input(x)[1]
+def _callback_backward(dy: Any, dmean: Any, _: Any, dvar: Any, x: Any, *known: Any, o: Options) -> list[Any]:
+    mean, var, scale, epsilon, mask, y = known
+    mask, y = mask if o.masked else None, y if o.relu else None
+    dx, dresidual, code = np.empty_like(x), np.empty_like(x) if o.residual else None, arg.as_input(x)[1]
     dscale, dbias = _core.batch_norm_backward(
         code, dy, x, o.axis, _number(epsilon), o.relu, scale, mask, y, mean, var, dx, dresidual, dmean, dvar
     )
-    return [dx, dscale, dbias, dresidual][: 3 + o.residual]
+    return [dx, dscale, dbias, dx.ravel()[:0] if dresidual is None else dresidual]
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
-def _dims(args: Sequence[Any], o: Options, epsilon: int) -> tuple[list[str], list[str], list[list[str]]]:
-    """Names of the dims of x, of a value per channel, and of each operand; `epsilon`: the number of that operand."""
-    batch, ndim = _batch_dims(args), max(len(a.shape) for a in args)
-    full = [f"x{d}" for d in range(ndim)]
-    channels = [*full[:batch], full[batch + o.axis]]
-    operands = [full if len(a.shape) == ndim else channels for a in args]
-    operands[epsilon] = [*full[:batch], "words"]
-    return full, channels, operands
+def _dims(x: Any, values: Any, o: Options) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Names of the dims of x, of values per channel, of epsilon, and of what is absent."""
+    batch = len(values.shape) - 1
+    full = [f"x{d}" for d in range(len(x.shape))]
+    return full, [*full[:batch], full[batch + o.axis]], [*full[:batch], "words"], [*full[:batch], "none"]
 
 
-def _forward_names(*args: Any, o: Options) -> tuple[list[list[str]], list[list[str]]]:
-    full, channels, operands = _dims(args, o, 3)
-    return operands, [full if o.written else channels, channels, channels]
+def _forward_names(x: Any, scale: Any, *_: Any, o: Options) -> tuple[list[list[str]], list[list[str]]]:
+    full, values, words, none = _dims(x, scale, o)
+    operands = [full, values, values, words, full if o.masked else none, full if o.residual else none]
+    return operands, [full if o.written else none, values, values, values]
 
 
-def _backward_names(*args: Any, o: Options) -> tuple[list[list[str]], list[list[str]]]:
-    full, channels, operands = _dims(args, o, 7)
-    return operands, [full, channels, channels, full][: 3 + o.residual]
+def _backward_names(
+    dy: Any, dmean: Any, dlow: Any, dvar: Any, x: Any, *_: Any, o: Options
+) -> tuple[list[list[str]], list[list[str]]]:
+    full, values, words, none = _dims(x, dmean, o)
+    known = [full, values, values, values, words, full if o.masked else none, full if o.relu else none]
+    return [full, values, values, values, *known], [full, values, values, full if o.residual else none]
 
 
-def _cut(axes: dict[str, Any], args: Sequence[Any], o: Options) -> tuple[str, ...]:
+def _cut(axes: dict[str, Any], x: Any, scale: Any, o: Options) -> tuple[str, ...]:
     """Mesh axes that cut the elements of a channel."""
-    full, channels, _ = _dims(args, o, -1)
-    of = [axes[name] for name in full if name in axes and name not in channels]
+    full, values, *_ = _dims(x, scale, o)
+    of = [axes[name] for name in full if name in axes and name not in values]
     return tuple(axis for a in of for axis in (a if isinstance(a, tuple) else (a,)))
 
 
 def _shard_forward(axes: dict[str, Any], _: Any, *args: Array, o: Options) -> list[Array]:
-    cut = _cut(axes, args, o)
+    x, scale, bias, epsilon, mask, residual = args
+    cut = _cut(axes, x, scale, o)
     if not cut:
         return _native_forward(*args, o=o)
-    x, scale, bias, epsilon, *rest = args
-    own = o._replace(relu=False, residual=False, written=False)
-    statistics = _native_forward(x, scale, bias, epsilon, *rest[: o.masked], o=own)
-    weight = _problems(lambda x, _, *mask, o: _weight(x, *mask, o=o))(x, scale, *rest[: o.masked], o=own)
-    mean, low, var = _pool(weight, statistics, lambda a: lax.psum(a, cut))
-    if not o.written:
-        return [mean, low, var]
-
-    def normalise(x: Array, mean: Array, low: Array, var: Array, *rest: Array, o: Options) -> Array:
-        scale, bias, epsilon, *residual = rest
-        return _normalise(x, mean, low, var, scale, bias, _numbers.read(epsilon, var.dtype), *residual, o=o)
-
-    return [_problems(normalise)(x, mean, low, var, scale, bias, epsilon, *rest[o.masked :], o=o), mean, var]
+    y, *statistics = _native_forward(x, scale, bias, epsilon, mask, _absent(scale, x.dtype), o=o.for_pooling)
+    weight = _problems(_weight)(x, scale, mask, o=o)
+    pooled = _pool(weight, statistics, lambda a: lax.psum(a, cut))
+    if o.written:
+        number = _numbers.read(epsilon, scale.dtype)
+        y = _problems(_normalise)(x, scale, bias, number, residual, *pooled, o=o)
+    return [y, *pooled]
 
 
 def _shard_backward(axes: dict[str, Any], _: Any, *args: Array, o: Options) -> list[Array]:
-    cut = _cut(axes, args, o)
+    cut = _cut(axes, args[4], args[1], o)
     if not cut:
         return _native_backward(*args, o=o)
     results: list[Array] = _problems(_backward)(*args, o=o, psum=lambda a: lax.psum(jnp.stack(a), cut))
@@ -366,18 +350,27 @@ def _values_of(x: Any, like: Any, o: Options) -> Any:
     return like.update(weak_type=False, sharding=NamedSharding(sharding.mesh, spec))
 
 
+def _like_x(x: Any, values: Any, present: bool) -> Any:
+    """The type of a result like x, or of one that is absent."""
+    if present:
+        return _plain(x)
+    batch = len(values.shape) - 1
+    sharding = values.sharding.update(spec=PartitionSpec(*values.sharding.spec[:batch], None))
+    return values.update(shape=(*values.shape[:batch], 0), dtype=x.dtype, sharding=sharding, weak_type=False)
+
+
 def _abstract_forward(x: Any, scale: Any, *_: Any, o: Options) -> list[Any]:
     values = _values_of(x, scale, o)
-    return [_plain(x) if o.written else values, values, values]
+    return [_like_x(x, values, o.written), values, values, values]
 
 
 def _abstract_tangent(*args: Any, o: Options) -> list[Any]:
-    return _abstract_forward(args[3 + o.residual], args[6 + o.residual], o=o)
+    return _abstract_forward(args[4], args[7], o=o)
 
 
 def _abstract_backward(*args: Any, o: Options) -> list[Any]:
-    x, scale = _plain(args[3]), _plain(args[6])
-    return [x, scale, scale, x][: 3 + o.residual]
+    x, scale = args[4], _plain(args[7])
+    return [_plain(x), scale, scale, _like_x(x, scale, o.residual)]
 
 
 forward_p = _primitive.define(
@@ -385,7 +378,7 @@ forward_p = _primitive.define(
     _abstract_forward,
     _problems(_forward),
     _native_forward,
-    _each_problem(_callback_forward),
+    _callback_forward,
     _primitive.Partition(_forward_names, _shard_forward, even=True),
 )
 tangent_p = _primitive.define("pyreg_batch_norm_tangent", _abstract_tangent, _problems(_tangent))
@@ -394,7 +387,7 @@ backward_p = _primitive.define(
     _abstract_backward,
     _problems(_backward),
     _native_backward,
-    _each_problem(_callback_backward),
+    _callback_backward,
     _primitive.Partition(_backward_names, _shard_backward, even=True),
     lambda o: o.written,
 )
@@ -417,15 +410,15 @@ def _placed(result: Array, wanted: Any) -> Array:
 def _smooth(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """The operands that have derivatives, and their tangents as arrays."""
     keep = [_is_smooth(p) for p in primals]
-    return list(compress(primals, keep)), [ad.instantiate_zeros(t) for t in compress(tangents, keep)]
+    chosen = itertools.compress(tangents, keep)
+    return list(itertools.compress(primals, keep)), list(map(ad.instantiate_zeros, chosen))
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, o: Options) -> Any:
-    x, scale, _, epsilon, *rest = primals
-    results = forward_p.bind(*primals, o=o)
-    mean, var = results[0 if not o.written else 1], results[2]
-    known = [x, mean, var, scale, epsilon, *rest[: o.masked], *([results[0]] if o.relu else [])]
-    return results, tangent_p.bind(*_smooth(primals, tangents)[1], *known, o=o)
+    x, scale, _, epsilon, mask, _ = primals
+    y, mean, low, var = forward_p.bind(*primals, o=o)
+    known = x, mean, var, scale, epsilon, mask, y if o.relu else _absent(scale, x.dtype)
+    return [y, mean, low, var], tangent_p.bind(*_smooth(primals, tangents)[1], *known, o=o)
 
 
 def _jvp_of(formula: Callable[..., Any], abstract: Callable[..., Any]) -> Callable[..., Any]:
@@ -440,13 +433,13 @@ def _jvp_of(formula: Callable[..., Any], abstract: Callable[..., Any]) -> Callab
     return rule
 
 
-def _transpose_by(primitive: Any, linear: Callable[[Options], int]) -> Callable[..., Any]:
-    """The first operands are linear, as many as `linear` says; `primitive` is the transpose."""
+def _transpose_by(primitive: Any) -> Callable[..., Any]:
+    """The first four operands are linear; `primitive` is the transpose."""
 
     def rule(cotangents: Any, *args: Any, o: Options) -> list[Any]:
-        known = args[linear(o) :]
+        linear, known = args[:4], args[4:]
         gradients = primitive.bind(*map(ad.instantiate_zeros, cotangents), *known, o=o)
-        wanted = [g if ad.is_undefined_primal(a) else None for g, a in zip(gradients, args, strict=False)]
+        wanted = [g if ad.is_undefined_primal(a) else None for g, a in zip(gradients, linear, strict=True)]
         return [*wanted, *[None] * len(known)]
 
     return rule
@@ -455,28 +448,31 @@ def _transpose_by(primitive: Any, linear: Callable[[Options], int]) -> Callable[
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _jvp_of(_tangent, _abstract_tangent)
 ad.primitive_jvps[backward_p] = _jvp_of(_backward, _abstract_backward)
-ad.primitive_transposes[tangent_p] = _transpose_by(backward_p, lambda o: 3 + o.residual)
-ad.primitive_transposes[backward_p] = _transpose_by(tangent_p, lambda o: 3)
+ad.primitive_transposes[tangent_p] = _transpose_by(backward_p)
+ad.primitive_transposes[backward_p] = _transpose_by(tangent_p)
 
 
 # ---- The functions ---------------------------------------------------------------------------------------------------
 
 
-def _check_values(value: Any, x: Any, axis: int, default: float, name: str) -> Any:
+def _as_values(value: Any, x: Any, axis: int, default: float, name: str) -> Any:
     """A value per channel, in the dtype of statistics."""
     channels = x.shape[axis]
     value = jnp.full(channels, default) if value is None else jnp.asarray(value)
-    _ops._check_channels(value, channels, name)
+    arg.check_channels(value, channels, name)
     return value.astype(_statistics_dtype(x))
 
 
-def _check_optional(x: Array, mask: Any, residual: Any) -> list[Array]:
-    """Those that are given."""
-    given = [] if mask is None else [_ops._seen_in(x, jnp.asarray(mask), jnp.broadcast_to)]
-    if residual is not None:
-        given.append(jnp.asarray(residual))
-        _ops._check_same(given[-1], x, "residual")
-    return given
+def _as_mask(mask: Any, x: Array) -> Any:
+    return np.zeros(0, bool) if mask is None else arg.spread_mask(x, jnp.asarray(mask), jnp.broadcast_to)
+
+
+def _as_residual(residual: Any, x: Array) -> Any:
+    if residual is None:
+        return np.zeros(0, x.dtype)
+    residual = jnp.asarray(residual)
+    arg.check_same(residual, x, "residual")
+    return residual
 
 
 def batch_norm(
@@ -548,23 +544,20 @@ def batch_norm(
     (Array([ 2., 20.], dtype=float32), Array([  1., 100.], dtype=float32))
     """
     x = _primitive.check_array(x)
-    axis = _ops._check_axis(axis, x.ndim)
-    _ops._check_elements(x, axis)
-    relu = _ops._check_activation(activation)
-    scale, bias = _check_values(scale, x, axis, 1, "scale"), _check_values(bias, x, axis, 0, "bias")
-    optional = _check_optional(x, mask, residual)
-    o = Options(axis, relu, mask is not None, residual is not None)
-    number = float(_ops._check_epsilon(epsilon))
-    a, scale, bias, words, *optional = _primitive.vary_alike(x, scale, bias, _numbers.words_of(number), *optional)
+    axis = arg.as_axis(axis, x.ndim)
+    arg.check_elements(x, axis)
+    relu = arg.as_relu(activation)
+    scale, bias = _as_values(scale, x, axis, 1, "scale"), _as_values(bias, x, axis, 0, "bias")
+    o, number = Options(axis, relu, mask is not None, residual is not None), arg.as_epsilon(epsilon)
+    optional = _as_mask(mask, x), _as_residual(residual, x)
+    a, scale, bias, words, mask, residual = _primitive.vary_alike(x, scale, bias, _numbers.words_of(number), *optional)
     if axis_name is None:
-        y, mean, var = forward_p.bind(a, scale, bias, words, *optional, o=o)
+        y, mean, _, var = forward_p.bind(a, scale, bias, words, mask, residual, o=o)
         return y, mean, var
-    own = o._replace(relu=False, residual=False, written=False)
-    statistics = forward_p.bind(a, scale, bias, words, *optional[: o.masked], o=own)
-    weight = _weight(a, *optional[: o.masked], o=o)
+    statistics = forward_p.bind(a, scale, bias, words, mask, np.zeros(0, x.dtype), o=o.for_pooling)[1:]
     psum = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
-    mean, low, var = _pool(weight, statistics, psum)
-    return _normalise(a, mean, low, var, scale, bias, number, *optional[o.masked :], o=o), mean, var
+    mean, low, var = _pool(_weight(a, scale, mask, o=o), statistics, psum)
+    return _normalise(a, scale, bias, number, residual, mean, low, var, o=o), mean, var
 
 
 def batch_norm_inference(
@@ -605,12 +598,10 @@ def batch_norm_inference(
     Array([[0.5, 0. ]], dtype=float32)
     """
     x = _primitive.check_array(x)
-    axis = _ops._check_axis(axis, x.ndim)
-    if mean is None or var is None:
-        raise TypeError("mean or var is None; wanted one value per channel")
-    relu = _ops._check_activation(activation)
+    axis = arg.as_axis(axis, x.ndim)
+    arg.check_given(mean, var)
+    relu = arg.as_relu(activation)
     given = ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
-    means, variances, scales, biases = (_check_values(v, x, axis, default, name) for v, default, name in given)
-    rest = _check_optional(x, None, residual)
-    o = Options(axis, relu, False, residual is not None)
-    return _normalise(x, means, None, variances, scales, biases, float(_ops._check_epsilon(epsilon)), *rest, o=o)
+    means, variances, scales, biases = (_as_values(v, x, axis, default, name) for v, default, name in given)
+    o, number = Options(axis, relu, False, residual is not None), arg.as_epsilon(epsilon)
+    return _normalise(x, scales, biases, number, _as_residual(residual, x), means, None, variances, o=o)

@@ -8,7 +8,7 @@ dims come from vmap; an element's index in the mask counts over the inner dims o
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad
 
-from pyreg import _core, _ops
+from pyreg import _arguments as arg
+from pyreg import _core
+from pyreg._arguments import JaxImpl
 from pyreg.jax import _numbers, _primitive
 from pyreg.jax._random import threefry2x32
 
 __all__ = ["dropout"]
-
-Impl = Literal["auto", "philox"]
 
 
 class Mask(NamedTuple):
@@ -167,7 +167,7 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 @_with_numbers
 def _native(x: jax.Array, words: jax.Array, numbers: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
     whole = _mask_shape(x.shape[x.ndim - len(mask.broadcast) :], mask)
-    window, generator = _window((0,) * len(whole), whole), _ops._IMPLS[mask.generator]
+    window, generator = _window((0,) * len(whole), whole), arg.as_generator(mask.generator)
     if not mask.shared or mask.generator == "philox":  # whose bits cost no more than to read them
         return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=reuse, generator=generator)
     # The bits alone are one operation in forward and backward pass, so a program that has both makes them once.
@@ -212,26 +212,20 @@ def _shard(axes: dict[str, Any], avals: Any, *operands: jax.Array, mask: Mask) -
     def of(x: jax.Array, words: jax.Array, numbers: jax.Array, *, mask: Mask) -> Sequence[jax.Array]:
         batch = x.ndim - len(mask.broadcast)
         shard = [lax.axis_index(axes[f"x{d}"]) if f"x{d}" in axes else 0 for d in range(batch, x.ndim)]
-        window, generator = _window(shard, _mask_shape(avals[0].shape[batch:], mask)), _ops._IMPLS[mask.generator]
-        return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=False, generator=generator)
+        window = _window(shard, _mask_shape(avals[0].shape[batch:], mask))
+        return _call(
+            "pyreg_dropout_v2", x, words, numbers, window, reuse=False, generator=arg.as_generator(mask.generator)
+        )
 
     return cast(Sequence[jax.Array], of(*operands, mask=mask))
 
 
 @functools.partial(_with_numbers, stack=np.stack)
 def _callback(x: Any, words: Any, numbers: Any, *, mask: Mask) -> list[Any]:
-    x, words, numbers = np.asarray(x), np.asarray(words), np.asarray(numbers)
-    y = np.empty_like(x)
-    batch = x.ndim - len(mask.broadcast)
-    strides = _ops._mask_strides(x.shape[batch:], _mask_shape(x.shape[batch:], mask))
-    own = tuple(max(n, m) for n, m in zip(words.shape[:-1], numbers.shape[:-1], strict=True))
-    for at in np.ndindex(own):
-        mine = (*(slice(None) if n == 1 else j for n, j in zip(own, at, strict=True)), ...)  # ...: a view
-        a, key = x[mine], _ops._check_key(np.broadcast_to(words, (*own, 2))[at])
-        rate, scale = np.broadcast_to(numbers, (*own, _numbers.COUNT))[at][:4].copy().view("<f8")
-        all_strides = (0,) * (a.ndim - len(strides)) + strides
-        code, generator, inside = _ops._as_input(a)[1], _ops._IMPLS[mask.generator], min(max(rate, 0.0), 1.0)
-        _core.dropout(code, a, y[mine], generator, key, inside, 0, True, all_strides, float(scale))
+    y, strides = np.empty_like(x), arg.mask_strides(x.shape, _mask_shape(x.shape, mask))
+    rate, scale = numbers[:4].copy().view("<f8")
+    code, generator, inside = arg.as_input(x)[1], arg.as_generator(mask.generator), min(max(rate, 0.0), 1.0)
+    _core.dropout(code, x, y, generator, arg.as_key(words), inside, 0, True, strides, float(scale))
     return [y]
 
 
@@ -290,7 +284,7 @@ ad.primitive_transposes[dropout_p] = _transpose
 # ---- The function ----------------------------------------------------------------------------------------------------
 
 
-def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
+def _words_of(given: Any, impl: JaxImpl) -> tuple[jax.Array, str, Any]:
     """The key's words, which generator draws, and the key implementation if that is jax's own."""
     if not isinstance(given, (jax.Array, np.ndarray)):
         raise TypeError(f"key is {type(given).__name__}; wanted a key of jax.random.key, or its words as uint32")
@@ -315,11 +309,6 @@ def _words_of(given: Any, impl: Impl) -> tuple[jax.Array, str, Any]:
     return jax.random.key_data(key), "jax", key_impl
 
 
-def check_impl(impl: Impl) -> None:
-    if impl not in ("auto", "philox"):
-        raise ValueError(f"impl is {impl!r}; wanted 'auto' or 'philox'")
-
-
 def dropout(
     x: jax.typing.ArrayLike,
     rate: jax.typing.ArrayLike = 0.5,
@@ -327,7 +316,7 @@ def dropout(
     key: jax.Array,
     deterministic: bool = False,
     broadcast_dims: int | Sequence[int] = (),
-    impl: Impl = "auto",
+    impl: JaxImpl = "auto",
 ) -> jax.Array:
     """Set elements to zero at random and scale the others by ``1 / (1 - rate)``.
 
@@ -377,16 +366,16 @@ def dropout(
     Array([2., 0., 0., 0., 2., 2., 2., 0.], dtype=float32)
     """
     traced = _check_traced(rate) if isinstance(rate, jax.core.Tracer) else None
-    known = _ops._check_rate(rate) if traced is None else None  # type: ignore[arg-type]  # it is checked there
-    check_impl(impl)
+    known = arg.as_rate(rate) if traced is None else None
+    arg.check_jax_impl(impl)
     x = _primitive.check_array(x)
-    mask_shape = _ops._mask_shape(x.shape, broadcast_dims)
+    broadcast = tuple(n == 1 for n in arg.mask_shape(x.shape, broadcast_dims))
     if deterministic or known == 0.0:
         return x
     if known == 1.0:
         return jnp.zeros_like(x)
     words, generator, key_impl = _words_of(key, impl)
-    broadcast, x64 = tuple(m == 1 for m in mask_shape), _primitive.flag("jax_enable_x64")
+    x64 = _primitive.flag("jax_enable_x64")
     mask = Mask(known, generator, broadcast, key_impl, _primitive.flag("jax_threefry_partitionable"), x64)
     numbers = [] if traced is None else [_numbers.of_traced_rate(traced, x.dtype, generator, x64)]
     operands = _primitive.vary_alike(x, words, *numbers)

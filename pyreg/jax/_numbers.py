@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pyreg import _core, _ops
+from pyreg import _core
+from pyreg._arguments import as_input
 
 Array = jax.Array
 
@@ -46,7 +47,7 @@ RATE, SCALE, LIMIT, SCALE32, COUNT = slice(0, 2), slice(2, 4), slice(4, 6), 6, 7
 def of_rate(rate: float, dtype: Any, generator: str, x64: bool) -> Any:
     """What a mask and x need to know of the rate, uint32, shape (COUNT,): the rate; the scale of kept elements; and,
     for JAX operations, the limit that draws are compared with, and the scale as float32."""
-    scale = _core.dropout_scale(_code(dtype), rate)
+    scale = _core.dropout_scale(as_input(np.zeros(0, dtype))[1], rate)
     keep = 1.0 - rate
     if generator == "philox":
         limit = round(rate * 2.0**64)
@@ -100,10 +101,6 @@ def probability_of(numbers: Array, x64: bool) -> Array:
     """1 - rate, as jax.random.bernoulli takes it."""
     words = numbers[LIMIT]
     return read_double(words) if x64 else lax.bitcast_convert_type(words[0], jnp.float32)
-
-
-def _code(dtype: Any) -> int:
-    return _ops._as_input(np.zeros(0, dtype))[1]
 
 
 def _scale(keep: Array, dtype: Any) -> Array:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pyreg import _ops
+from pyreg._arguments import check_dtype
 from pyreg._version import __version__
 from pyreg.jax import _backend, _compat
 
@@ -44,12 +45,13 @@ def define(
     jet: Callable[..., Any] | None = None,
     outside_jit: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] = lambda *args, **params: (args, params),
 ) -> Primitive:
-    """A primitive with several results; without a kernel it is the reference everywhere.  Batch dims come first.
+    """A primitive with several results; without a kernel it is the reference everywhere.  Batch dims come first:
+    all dims but the last of the second operand.
 
     abstract : (avals, params) -> result avals.
     reference : in JAX operations; for every platform.
     native : by FFI; for CPUs.  Its parameter `reuse` says that a result may take the place of the first operand.
-    callback : with NumPy arrays, returns NumPy arrays.
+    callback : for one problem, without batch dims: with NumPy arrays, returns NumPy arrays.
     partition : of `native`.
     has_kernel : params -> whether it is `native` and `callback` for them, too; else the reference is all there is.
     repeats : number of an operand -> whether it is repeated along a batch dim that it lacks; else it gets one of 1.
@@ -87,9 +89,20 @@ def define(
     batching.primitive_batchers[primitive] = batch
 
     def by_callback(*args: Any, **params: Any) -> Any:
-        assert callback is not None
         avals = abstract(*map(jax.typeof, args), **params)
-        return jax.pure_callback(functools.partial(callback, **params), avals, *args)
+
+        def each_problem(*arrays: Any) -> list[Any]:
+            assert callback is not None
+            batch_dims = arrays[1].ndim - 1
+            batch = arrays[0].shape[:batch_dims]
+            arrays = tuple(np.broadcast_to(a, batch + a.shape[batch_dims:]) for a in arrays)
+            results = [np.empty(a.shape, a.dtype) for a in avals]
+            for at in np.ndindex(batch):
+                for result, part in zip(results, callback(*(a[*at, ...] for a in arrays), **params), strict=True):
+                    result[at] = part
+            return results
+
+        return jax.pure_callback(each_problem, avals, *args)
 
     def on_cpu(params: dict[str, Any], in_place: bool) -> tuple[Function, str]:
         backend = _backend.backend() if native and has_kernel(**params) else "jax"
@@ -149,7 +162,7 @@ def flag(name: str) -> bool:
 
 def check_array(x: Any) -> jax.Array:
     array: jax.Array = jnp.asarray(x)
-    _ops._check_dtype(array)
+    check_dtype(array)
     return array
 
 
