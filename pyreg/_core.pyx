@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
-"""The border between Python and csrc/pyreg.h: types, the GIL, status -> exception.  Arguments are checked in _ops.py."""
+"""The border between Python and csrc/pyreg.h: types, the GIL, status -> exception.  Arguments are checked in _arguments.py."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
