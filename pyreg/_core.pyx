@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
-"""The border between Python and csrc/pyreg.h: types, the GIL, status -> exception.  Arguments are checked in _arguments.py."""
+"""The border between Python and csrc/pyreg.h: types, the GIL, status -> exception.  _arguments.py checks arguments."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -269,7 +269,7 @@ def is_statistic(array, int dtype, cnp.npy_intp channels):
 def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, cnp.ndarray scale,
                cnp.ndarray bias, cnp.ndarray mask, cnp.ndarray residual, cnp.ndarray y not None,
                cnp.ndarray mean_low=None):
-    """y = batch_norm(x), mean_low = what its mean lacks; returns mean and var.  scale, bias, mask, residual: or None."""
+    """y = batch_norm(x), mean_low = what its mean lacks; returns mean and var.  None: no such operand."""
     cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef forward_arguments args = forward_arguments(
