@@ -342,9 +342,9 @@ def as_norm(x: Any, axis: int, epsilon: float, activation: Any) -> tuple[Array, 
     return x, code, as_axis(axis, x.ndim), as_epsilon(epsilon), relu
 
 
-def check_given(mean: Any, var: Any) -> None:
-    if mean is None or var is None:
-        raise TypeError("mean or var is None; wanted one value per channel")
+def check_given(value: Any, name: str) -> None:
+    if value is None:
+        raise TypeError(f"{name} is None; wanted one value per channel")
 
 
 # The next four take arrays of NumPy and of JAX.
@@ -383,6 +383,7 @@ def as_statistic(value: ArrayLike, code: int, channels: int, name: str) -> Any:
     """A parameter or statistic, in the dtype that goes with the data."""
     if _core.is_statistic(value, code, channels):
         return value
+    check_given(value, name)
     value = as_array(value, name)
     check_channels(value, channels, name)
     return np.ascontiguousarray(value, np.float64 if code == _core.F64 else np.float32)

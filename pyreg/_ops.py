@@ -411,7 +411,6 @@ def batch_norm_inference(
     """
     x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
     channels = x.shape[axis]
-    arg.check_given(mean, var)
     mean = arg.as_statistic(mean, code, channels, "mean")
     var = arg.as_statistic(var, code, channels, "var")
     scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
@@ -478,7 +477,6 @@ def batch_norm_backward(
     dy = arg.as_like(dy, x, "dy")
     arg.check_elements(x, axis)
     channels = x.shape[axis]
-    arg.check_given(mean, var)
     if relu and y is None:
         raise TypeError("y is None; wanted what batch_norm returned, to know where its activation was 0")
     mean = arg.as_statistic(mean, code, channels, "mean")

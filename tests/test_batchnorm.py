@@ -596,7 +596,7 @@ MASK = [
 ]
 GIVEN = [
     ({"mean": np.ones(2)}, ValueError, r"mean has shape \(2,\); x has 3 channels"),
-    ({"var": None}, TypeError, "mean or var is None"),
+    ({"var": None}, TypeError, "var is None"),
 ]
 BACKWARD = [
     ({"dy": np.zeros((3, 4), F32)}, ValueError, r"dy has shape \(3, 4\)"),

@@ -599,7 +599,8 @@ def batch_norm_inference(
     """
     x = _primitive.check_array(x)
     axis = arg.as_axis(axis, x.ndim)
-    arg.check_given(mean, var)
+    arg.check_given(mean, "mean")
+    arg.check_given(var, "var")
     relu = arg.as_relu(activation)
     given = ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
     means, variances, scales, biases = (_as_values(v, x, axis, default, name) for v, default, name in given)
