@@ -54,13 +54,11 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
     while (outside < num && reach(&dims[outside]) >= channel_stride) outside++;
     int merged = 0;
     for (int d = 0; d < outside; d++) {
-        const struct dim dim = dims[d];
-        merged = append_dim(dims, merged, &dim);
+        merged = append_dim(dims, merged, &dims[d]);
     }
     int inner = 0;
     for (int d = outside; d < num; d++) {
-        const struct dim dim = dims[d];
-        inner = append_dim(dims + merged, inner, &dim);
+        inner = append_dim(dims + merged, inner, &dims[d]);
     }
     v->num_outer = merged + inner;
     v->inner_dim = (struct dim){.length = 1};
@@ -80,9 +78,8 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
 }
 
 char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t channel, size_t inner) {
-    int64_t at[BN_OPERANDS] = {0};
-    add_offsets(v->outer_dim, v->num_outer, outer, (int)k + 1, at);
-    return v->data[k] + at[k] + (int64_t)channel * v->channel_dim.stride[k] + (int64_t)inner * v->inner_dim.stride[k];
+    return v->data[k] + offset_of(v->outer_dim, v->num_outer, outer, k) + (int64_t)channel * v->channel_dim.stride[k] +
+           (int64_t)inner * v->inner_dim.stride[k];
 }
 
 /* ---- Walk -------------------------------------------------------------------------------------------------------- */

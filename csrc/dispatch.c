@@ -82,3 +82,13 @@ size_t dispatch_bytes(enum pyreg_dtype dtype) {
     static const size_t bytes[PYREG_NUM_DTYPES] = {[PYREG_F32] = 4, [PYREG_F64] = 8, [PYREG_F16] = 2, [PYREG_BF16] = 2};
     return bytes[dtype];
 }
+
+/* ---- The generators alone ---------------------------------------------------------------------------------------- */
+
+void pyreg_philox4x32_10(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]) {
+    dispatch_masks()->philox_block(key, counter, out);
+}
+
+void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]) {
+    dispatch_masks()->threefry_block(key, counter, out);
+}

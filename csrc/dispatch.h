@@ -1,4 +1,4 @@
-/* Which instruction sets there are, and which one is in use. */
+/* Which instruction sets there are, which one is in use, and what it has. */
 #ifndef PYREG_DISPATCH_H
 #define PYREG_DISPATCH_H
 

@@ -129,16 +129,9 @@ enum pyreg_status pyreg_dropout(const struct pyreg_dropout *args) {
     op.y = args->y.data;
     op.size = dispatch_bytes(args->dtype);
 
-    struct dim dims[PYREG_MAX_DIMS + 1];
-    size_t count = 1;
-    for (int d = args->ndim - 1; d >= 0; count *= (size_t)args->shape[d--])
-        dims[d] = (struct dim){(size_t)args->shape[d],
-                               {[X] = args->x.strides[d],
-                                [Y] = args->y.strides[d],
-                                [MASK] = args->mask_strides ? args->mask_strides[d] : (int64_t)count}};
     const bool fast = args->mask.generator == PYREG_PHILOX || args->mask.generator == PYREG_PACKED;
     const size_t worth = op.what != DRAW ? 0 : fast ? 3 * MASK_GROUP / 8 : 3 * MASK_GROUP / 4;
-    rows_plan(&op.rows, args->ndim, dims, op.size, worth);
+    rows_plan(&op.rows, args, op.size, worth);
     /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
     op.tile = op.rows.neighbours && !op.rows.shared && !fast ? MASK_GROUP : MASK_TILE;
     const size_t bytes = elements * op.size;
@@ -150,4 +143,49 @@ enum pyreg_status pyreg_dropout(const struct pyreg_dropout *args) {
     const struct phase phase = {rows_chunks(&op.rows), dropout_chunk};
     const double ns = fast ? 0.2 : 1.0; /* an element, roughly: `./run bench roofline`, column core */
     return parallel_run(&phase, 1, &op, tile_bytes, ns * (double)elements + 0.05 * (double)bytes);
+}
+
+/* ---- The mask alone ---------------------------------------------------------------------------------------------- */
+
+struct mask_op {
+    struct mask_source source;
+    uint64_t offset;
+    size_t n;
+    bool packed;
+    uint8_t *out;
+};
+
+static void mask_chunk(void *work, size_t chunk, void *scratch) {
+    (void)scratch;
+    const struct mask_op *op = work;
+    struct mask_window w;
+    mask_window_init(&w, &op->source);
+    size_t j = chunk * MASK_CHUNK, end = at_most(j + MASK_CHUNK, op->n);
+    for (size_t n; j < end; j += n) {
+        n = at_most(end - j, MASK_TILE);
+        size_t at = mask_window_move(&w, op->offset + j, n);
+        for (size_t k = 0; k < n; k += 32) {
+            uint32_t word = keep_word(w.keep + (at + k) / 32, (at + k) % 32, 0);
+            size_t bits = at_most(n - k, 32);
+            if (!op->packed) {
+                for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;
+                continue;
+            }
+            if (bits < 32) word &= (UINT32_C(1) << bits) - 1;
+            for (size_t b = 0; b < bits; b += 8) op->out[(j + k + b) / 8] = (uint8_t)(word >> b);
+        }
+    }
+}
+
+enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bool packed, uint8_t *out) {
+    struct mask_op op = {.offset = mask->offset, .n = n, .packed = packed, .out = out};
+    enum pyreg_status status = mask_source_init(&op.source, mask);
+    if (status) return status;
+    if (mask->rate == 0 || mask->rate == 1) { /* nothing is drawn */
+        memset(out, mask->rate == 1 ? 0 : packed ? 0xff : 1, packed ? divide_up(n, 8) : n);
+        if (packed && mask->rate == 0 && n % 8) out[n / 8] = (uint8_t)((1u << n % 8) - 1);
+        return PYREG_OK;
+    }
+    const struct phase phase = {divide_up(n, MASK_CHUNK), mask_chunk};
+    return parallel_run(&phase, 1, &op, 0, (double)n);
 }

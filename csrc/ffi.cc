@@ -232,7 +232,8 @@ ffi::Error mask_each(Dims keys, Rows numbers, const Window &window, ffi::Result<
                      Prepare prepare) {
     const NoInterrupts guard;
     const Dims dims = bits->dimensions();
-    if (dims.size() == 0 || dims.size() > PYREG_MAX_DIMS || dims.back() != (window.elements + 7) / 8)
+    if (dims.size() == 0 || dims.size() > PYREG_MAX_DIMS ||
+        dims.back() != window.elements / 8 + (window.elements % 8 != 0))
         return refuse("the bits have another shape than the mask");
     const size_t batch = dims.size() - 1;
     const Rows key_rows(keys);

@@ -2,7 +2,6 @@
 
 #include "arith.h"
 #include "dispatch.h"
-#include "parallel.h"
 
 #include <math.h>
 #include <string.h>
@@ -120,59 +119,4 @@ void mask_gather(struct mask_window *w, const struct mask_row *row, uint64_t ind
             put_word(keep, k + b, run_step ? word_at(w->keep, at + b) : -(uint32_t)bit_at(w->keep, at));
     }
     repeat_bits(own, n, keep);
-}
-
-/* ---- The mask alone ---------------------------------------------------------------------------------------------- */
-
-struct mask_op {
-    struct mask_source source;
-    uint64_t offset;
-    size_t n;
-    bool packed;
-    uint8_t *out;
-};
-
-static void mask_chunk(void *work, size_t chunk, void *scratch) {
-    (void)scratch;
-    const struct mask_op *op = work;
-    struct mask_window w;
-    mask_window_init(&w, &op->source);
-    size_t j = chunk * MASK_CHUNK, end = at_most(j + MASK_CHUNK, op->n);
-    for (size_t n; j < end; j += n) {
-        n = at_most(end - j, MASK_TILE);
-        size_t at = mask_window_move(&w, op->offset + j, n);
-        for (size_t k = 0; k < n; k += 32) {
-            uint32_t word = word_at(w.keep, at + k);
-            size_t bits = at_most(n - k, 32);
-            if (!op->packed) {
-                for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;
-                continue;
-            }
-            if (bits < 32) word &= (UINT32_C(1) << bits) - 1;
-            for (size_t b = 0; b < bits; b += 8) op->out[(j + k + b) / 8] = (uint8_t)(word >> b);
-        }
-    }
-}
-
-enum pyreg_status pyreg_dropout_mask(const struct pyreg_mask *mask, size_t n, bool packed, uint8_t *out) {
-    struct mask_op op = {.offset = mask->offset, .n = n, .packed = packed, .out = out};
-    enum pyreg_status status = mask_source_init(&op.source, mask);
-    if (status) return status;
-    if (mask->rate == 0 || mask->rate == 1) { /* nothing is drawn */
-        memset(out, mask->rate == 1 ? 0 : packed ? 0xff : 1, packed ? divide_up(n, 8) : n);
-        if (packed && mask->rate == 0 && n % 8) out[n / 8] = (uint8_t)((1u << n % 8) - 1);
-        return PYREG_OK;
-    }
-    const struct phase phase = {divide_up(n, MASK_CHUNK), mask_chunk};
-    return parallel_run(&phase, 1, &op, 0, (double)n);
-}
-
-/* ---- The generators alone ---------------------------------------------------------------------------------------- */
-
-void pyreg_philox4x32_10(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]) {
-    dispatch_masks()->philox_block(key, counter, out);
-}
-
-void pyreg_threefry2x32_20(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]) {
-    dispatch_masks()->threefry_block(key, counter, out);
 }

@@ -151,10 +151,20 @@ static void plan_long_rows(struct rows *rows, struct dim *dims) {
 
 /* Fewest and longest rows: dims of length 1 go, neighbours that are one dim in x, y and mask are merged; the row is the
  * dim of neighbouring mask bits (or of one mask bit), the others come in memory order. */
-void rows_plan(struct rows *rows, int ndim, struct dim *dims, size_t size, size_t worth) {
+void rows_plan(struct rows *rows, const struct pyreg_dropout *args, size_t size, size_t worth) {
+    struct dim dims[PYREG_MAX_DIMS + 1]; /* plan_long_rows takes a row apart, into two */
     int n = 0, row = 0;
-    for (int d = 0; d < ndim; d++)
-        if (dims[d].length != 1) n = append_dim(dims, n, &dims[d]);
+    size_t step = 1;
+    for (int d = 0; d < args->ndim; d++) step *= (size_t)args->shape[d];
+    for (int d = 0; d < args->ndim; d++) {
+        const size_t length = (size_t)args->shape[d];
+        step /= length; /* of the mask in C order */
+        const struct dim dim = {length,
+                                {[X] = args->x.strides[d],
+                                 [Y] = args->y.strides[d],
+                                 [MASK] = args->mask_strides ? args->mask_strides[d] : (int64_t)step}};
+        if (length != 1) n = append_dim(dims, n, &dim);
+    }
     const int64_t next = (int64_t)size;
     if (n == 0) dims[n++] = (struct dim){1, {[X] = next, [Y] = next, [MASK] = 1}};
     for (int d = 1; d < n; d++)

@@ -26,8 +26,11 @@ struct rows {
     size_t part, per_chunk, chunks_per_part; /* a chunk is some rows, as far as one part of their elements */
 };
 
-/* dims: in C order, and lost.  worth: so many elements must share a group of bits for it to pay; 0: none are made. */
-void rows_plan(struct rows *rows, int ndim, struct dim *dims, size_t size, size_t worth);
+_Static_assert(ROW_OPERANDS <= (int)MAX_OPERANDS, "a dim has a stride for each operand");
+
+/* The rows of a call on elements of `size` bytes.  worth: so many elements must share a group of bits for it to pay; 0:
+ * none are made. */
+void rows_plan(struct rows *rows, const struct pyreg_dropout *args, size_t size, size_t worth);
 
 size_t rows_chunks(const struct rows *rows);
 

@@ -21,7 +21,7 @@ int append_dim(struct dim *dims, int n, const struct dim *dim) {
         one = (uint64_t)dims[n - 1].stride[k] == (uint64_t)dim->stride[k] * dim->length;
     const size_t outer = one ? dims[n - 1].length : 1;
     if (!one) n++;
-    dims[n - 1] = *dim;
+    if (dim != &dims[n - 1]) dims[n - 1] = *dim;
     dims[n - 1].length *= outer;
     return n;
 }
@@ -39,6 +39,13 @@ void add_offsets(const struct dim *dims, int n, size_t index, int operands, int6
         index /= dims[d].length;
         for (int k = 0; k < operands; k++) at[k] = (int64_t)((uint64_t)at[k] + j * (uint64_t)dims[d].stride[k]);
     }
+}
+
+int64_t offset_of(const struct dim *dims, int n, size_t index, int operand) {
+    uint64_t at = 0;
+    for (int d = n - 1; d >= 0; index /= dims[d--].length)
+        at += index % dims[d].length * (uint64_t)dims[d].stride[operand];
+    return (int64_t)at;
 }
 
 /* ---- Copies ------------------------------------------------------------------------------------------------------ */

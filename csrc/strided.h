@@ -25,6 +25,9 @@ int insert_dim(struct dim *dims, int n, const struct dim *dim, int64_t (*reach)(
  * operands. */
 void add_offsets(const struct dim *dims, int n, size_t index, int operands, int64_t *at);
 
+/* The same for one operand. */
+int64_t offset_of(const struct dim *dims, int n, size_t index, int operand);
+
 /* Copies a box of elements of `size` bytes between two arrays.  Dim 0 is the innermost; strides are in bytes. */
 enum { MAX_BOX = 10 };
 struct box {

@@ -34,8 +34,11 @@ static void read_cpus(struct cpus *cpus) {
     if (!cpus_count(cpus) || !openmp_binds) return;
     add_place(0, &first);
     if (!cpus_equal(cpus, &first)) return;
-    cpus_of_process(cpus);
-    if (cpus_count(cpus) && !atomic_load(&main_unpinned) && cpus_equal(cpus, &first))
+    struct cpus process;
+    cpus_of_process(&process);
+    if (!cpus_count(&process)) return;
+    *cpus = process;
+    if (!atomic_load(&main_unpinned) && cpus_equal(cpus, &first))
         for (int p = 0; p < omp_get_num_places(); p++) add_place(p, cpus);
 }
 

@@ -57,7 +57,7 @@ cdef int use_asked_threads() except -1:
     return 0
 
 
-# ---- Arrays, fast: what _ops.py asks about every argument of every call ----------------------------------------------
+# ---- Arrays, fast: what _arguments.py asks about every argument of every call -----------------------------------------
 
 cdef int bfloat16_num = -1  # NumPy numbers the types of other packages as they are loaded
 
