@@ -78,8 +78,8 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
 }
 
 char *view_at(const struct view *v, enum bn_operand k, size_t outer, size_t channel, size_t inner) {
-    return v->data[k] + offset_of(v->outer_dim, v->num_outer, outer, k) + (int64_t)channel * v->channel_dim.stride[k] +
-           (int64_t)inner * v->inner_dim.stride[k];
+    const int64_t at = offset_of(v->outer_dim, v->num_outer, outer, (int)k);
+    return v->data[k] + at + (int64_t)channel * v->channel_dim.stride[k] + (int64_t)inner * v->inner_dim.stride[k];
 }
 
 /* ---- Walk -------------------------------------------------------------------------------------------------------- */
