@@ -165,7 +165,7 @@ static void mask_chunk(void *work, size_t chunk, void *scratch) {
         n = at_most(end - j, MASK_TILE);
         size_t at = mask_window_move(&w, op->offset + j, n);
         for (size_t k = 0; k < n; k += 32) {
-            uint32_t word = keep_word(w.keep + (at + k) / 32, (at + k) % 32, 0);
+            uint32_t word = keep_word(w.keep + at / 32, at % 32, k / 32);
             size_t bits = at_most(n - k, 32);
             if (!op->packed) {
                 for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;

@@ -3,6 +3,7 @@
  * would finish it alone; a helper that comes late, or never, is not waited for. */
 #include "parallel.h"
 
+#include "arith.h"
 #include "memory.h"
 #include "platform.h"
 #include "threads.h"
@@ -301,8 +302,6 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
     return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
 }
 
-enum { CACHE_LINE = 64 }; /* where scratch memory begins: vectors that cross lines take up to a fifth longer */
-
 static size_t most_chunks(const struct phase *phases, size_t num_phases) {
     size_t most = 0;
     for (size_t p = 0; p < num_phases; p++) most = phases[p].chunks > most ? phases[p].chunks : most;
@@ -320,11 +319,11 @@ enum pyreg_status parallel_run(const struct phase *phases, size_t num_phases, vo
         if ((size_t)threads.count > most) threads.count = (int)most;
     }
     char *memory = NULL, *scratch = NULL;
-    if (scratch_bytes) {
-        scratch_bytes += -scratch_bytes % CACHE_LINE;
-        memory = memory_alloc(1, (size_t)threads.count * scratch_bytes + CACHE_LINE);
+    if (scratch_bytes) { /* from a cache line on: vectors that cross lines take up to a fifth longer */
+        scratch_bytes += -scratch_bytes % LINE_BYTES;
+        memory = memory_alloc(1, (size_t)threads.count * scratch_bytes + LINE_BYTES);
         if (!memory) return PYREG_NO_MEMORY;
-        scratch = memory + -(uintptr_t)memory % CACHE_LINE;
+        scratch = memory + -(uintptr_t)memory % LINE_BYTES;
     }
     enum pyreg_status status = PYREG_OK;
     if (threads.count > 1 || serial_ns > 10e6)

@@ -21,11 +21,9 @@ int append_dim(struct dim *dims, int n, const struct dim *dim);
 /* Inserts a dim behind all those that do not reach less far (stable); returns n + 1. */
 int insert_dim(struct dim *dims, int n, const struct dim *dim, int64_t (*reach)(const struct dim *dim));
 
-/* Adds (modulo 2^64) to at[k] how far element `index` of the dims, in C order, lies from the first in operand k <
- * operands. */
+/* How far element `index` of the dims, in C order, lies from the first: added to at[k] for each operand k < operands;
+ * or for one operand.  Modulo 2^64. */
 void add_offsets(const struct dim *dims, int n, size_t index, int operands, int64_t *at);
-
-/* The same for one operand. */
 int64_t offset_of(const struct dim *dims, int n, size_t index, int operand);
 
 /* Copies a box of elements of `size` bytes between two arrays.  Dim 0 is the innermost; strides are in bytes. */

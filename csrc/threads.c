@@ -64,7 +64,8 @@ struct threads threads_for_call(void) {
     if (((!asked && openmp_asked) || openmp != openmp_default) && openmp < t.count) t.count = openmp;
     const int limit = omp_get_thread_limit();
     if (t.count > limit) t.count = limit;
-    t.useful = t.count > cpus ? t.count : cpus < limit ? cpus : limit;
+    t.useful = t.count > cpus ? t.count : cpus;
+    if (t.useful > limit) t.useful = limit;
     return t;
 }
 

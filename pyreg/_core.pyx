@@ -252,9 +252,14 @@ cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double e
         epsilon=epsilon, relu=relu, scale=array_of(scale).data, bias=array_of(bias).data)
 
 
+cdef int statistic_num(int dtype) noexcept:
+    """NumPy's number of the type of statistics and parameters of data of this dtype."""
+    return cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT
+
+
 cdef cnp.ndarray statistics_like(int dtype, cnp.npy_intp channels):
     """A new array for a statistic or a parameter's gradient of data of this dtype."""
-    return cnp.PyArray_EMPTY(1, &channels, cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT, 0)
+    return cnp.PyArray_EMPTY(1, &channels, statistic_num(dtype), 0)
 
 
 def is_statistic(array, int dtype, cnp.npy_intp channels):
@@ -263,7 +268,7 @@ def is_statistic(array, int dtype, cnp.npy_intp channels):
         return False
     cdef cnp.ndarray a = array
     return (cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == channels and cnp.PyArray_ISCARRAY_RO(a)
-            and cnp.PyArray_TYPE(a) == (cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT))
+            and cnp.PyArray_TYPE(a) == statistic_num(dtype))
 
 
 def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, cnp.ndarray scale,

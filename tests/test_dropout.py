@@ -289,13 +289,18 @@ def best_time(work):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("order", [(3, 1, 2, 0), (3, 2, 1, 0), (0, 1, 3, 2), (1, 0, 2, 3)])
 def test_no_order_of_dims_is_far_slower(threads, impl, order):
-    """Bits of a group were made again for each few elements: up to 400 ns per element, 500 times as long as in C order.
-    Now it is 1 to 8 times: the bound leaves room for busy machines."""
+    """Bits of a group were made again for each few elements: up to 400 ns per element, 100 times as long as to copy x
+    into C order, drop there, and copy the result back.  Now it is 0.7 to 1.3 times as long."""
     threads(1)
     x = normal([(32, 28, 28, 24)[d] for d in order], np.float32).transpose(np.argsort(order))
-    dense, out = np.ascontiguousarray(x), np.empty_like(x)
+    out = np.empty_like(x)
+
+    def by_copies():
+        dense = np.ascontiguousarray(x)
+        out[...] = pyreg.dropout(dense, 0.1, key=KEY, impl=impl, out=dense)
+
     strided = best_time(lambda: pyreg.dropout(x, 0.1, key=KEY, impl=impl, out=out))
-    assert strided < 40 * best_time(lambda: pyreg.dropout(dense.copy(), 0.1, key=KEY, impl=impl))
+    assert strided < 3 * best_time(by_copies)
 
 
 def test_zero_strides():

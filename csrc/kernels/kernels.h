@@ -12,7 +12,7 @@ enum { MASK_GROUP = 512, MASK_TILE = 4096, MASK_WORDS = (MASK_TILE + MASK_GROUP)
 
 /* dropout() asks for cache lines, also those that it will write, this far ahead: while a tile's bits are made nothing
  * else is in flight, and the hardware's own prefetcher stops at page ends. */
-enum { PREFETCH_BYTES = 4096, LINE_BYTES = 64 };
+enum { PREFETCH_BYTES = 4096 };
 
 /* 32 bits of a row that starts `shift` bits into keep[]: word j of it. */
 static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {

@@ -3,6 +3,7 @@
 #ifndef PYREG_KERNELS_LANES_H
 #define PYREG_KERNELS_LANES_H
 
+#include "../arith.h"
 #include "elem.h"
 #include "kernels.h"
 #include "vec.h"
@@ -183,7 +184,7 @@ static inline elem_t *row(const struct bn_block *b, enum bn_operand k, size_t r)
 
 /* The hardware's prefetcher stops at page ends and at the ends of rows: cache lines are asked for this far ahead. Where
  * a row is as long as that, there it would be another thread's columns: then the next columns, or the next row. */
-enum { AHEAD = 4096 / sizeof(elem_t), LINE = 64 / sizeof(elem_t) };
+enum { AHEAD = PREFETCH_BYTES / sizeof(elem_t), LINE = LINE_BYTES / sizeof(elem_t) };
 
 static ALWAYS_INLINE void prefetch(const elem_t *p, size_t n, ptrdiff_t ahead) {
     for (size_t j = 0; j < n; j += LINE) __builtin_prefetch(p + j + ahead);

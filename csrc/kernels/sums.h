@@ -3,7 +3,6 @@
 #ifndef PYREG_KERNELS_SUMS_H
 #define PYREG_KERNELS_SUMS_H
 
-#include "../arith.h"
 #include "lanes.h"
 
 #include <math.h>

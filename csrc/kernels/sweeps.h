@@ -2,7 +2,6 @@
 #ifndef PYREG_KERNELS_SWEEPS_H
 #define PYREG_KERNELS_SWEEPS_H
 
-#include "../arith.h"
 #include "lanes.h"
 #include "stream.h"
 
@@ -133,11 +132,11 @@ static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const
 /* Around the cache: a whole cache line goes through a buffer. */
 static ALWAYS_INLINE void sweep_around(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,
                                        bool channel_line) {
-    elem_t out[LINE] __attribute__((aligned(64))), dresidual[LINE] __attribute__((aligned(64)));
+    elem_t out[LINE] __attribute__((aligned(LINE_BYTES))), dresidual[LINE] __attribute__((aligned(LINE_BYTES)));
     sweep_run(c, s, j, k, LINE, channel_line, out, s->dresidual ? dresidual : NULL);
     stream_lines(s->out + j, out, sizeof out);
     if (!s->dresidual) return;
-    if ((uintptr_t)(s->dresidual + j) % 64 == 0)
+    if ((uintptr_t)(s->dresidual + j) % LINE_BYTES == 0)
         stream_lines(s->dresidual + j, dresidual, sizeof dresidual);
     else
         memcpy(s->dresidual + j, dresidual, sizeof dresidual);
@@ -148,7 +147,7 @@ static ALWAYS_INLINE void sweep_line(const struct coefficients *restrict c, cons
                                      size_t period, bool channel_line, bool stream) {
     size_t j = 0, k = l;
     if (stream) { /* up to the first whole line of the output */
-        j = at_most((size_t)(-(uintptr_t)s->out % 64) / sizeof(elem_t), n);
+        j = at_most((size_t)(-(uintptr_t)s->out % LINE_BYTES) / sizeof(elem_t), n);
         sweep_run(c, s, 0, k, j, channel_line, s->out, s->dresidual);
         if (!channel_line) k = j % period;
     }

@@ -2,19 +2,12 @@
  *
  * Exit status 0: passed; 2: this machine lacks the instruction set, or a sanitizer wants stack of its own. */
 #include "pyreg.h"
+#include "sanitizers.h"
 
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#elif defined(__has_feature)
-#define SANITIZED (__has_feature(address_sanitizer) || __has_feature(thread_sanitizer))
-#else
-#define SANITIZED 0
-#endif
 
 enum { PROMISED = 16384, STACK = 1 << 18, PAINT = 0xa5, LONG = 22, SIZE = 1 << LONG, AXIS = 20 };
 
@@ -68,7 +61,7 @@ static void *call(void *status) {
 
 int main(void) {
     static const int64_t sizes[PYREG_NUM_DTYPES] = {4, 8, 2, 2};
-    if (pyreg_init() != PYREG_OK || SANITIZED) return 2;
+    if (pyreg_init() != PYREG_OK || UNDER_ADDRESS_SANITIZER || UNDER_THREAD_SANITIZER) return 2;
     pyreg_set_num_threads(2);
     memset(mask, 1, sizeof mask);
     int failures = 0;

@@ -5,6 +5,7 @@
  *
  * Exit status 0 and no report: passed; 2: this machine lacks the instruction set. */
 #include "pyreg.h"
+#include "sanitizers.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -15,14 +16,6 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#if defined(__SANITIZE_THREAD__)
-#define UNDER_THREAD_SANITIZER 1
-#elif defined(__has_feature)
-#define UNDER_THREAD_SANITIZER __has_feature(thread_sanitizer)
-#else
-#define UNDER_THREAD_SANITIZER 0
-#endif
 
 enum { CALLERS = 8, ROUNDS = 30, N = 4000, CHANNELS = 50, SIZE = N * CHANNELS };
 
