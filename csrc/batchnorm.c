@@ -1,4 +1,4 @@
-/* Batch-norm: check arguments, cut into pieces, sum each piece, merge the sums over a fixed tree, apply the result.
+/* Batch-norm: check arguments, cut into pieces, sum each piece, merge the sums over a fixed tree, sweep over the output.
  *
  * Bits: a piece is a function of the shape, and of x's strides; its columns add in order; pieces merge pairwise.  Which
  * thread does what, and whether a channel is finished before the next one starts, changes nothing. */
@@ -15,7 +15,7 @@
 
 /* Lines of 7 x 7 are summed 1.5 times faster as rows of columns, which have no ends; but swept faster as lines, which
  * have one coefficient. */
-enum { LONG_LINE = 64, SWEPT_LINE = 32 };
+enum { LONG_LINE = 64, SWEEP_LINE = 32 };
 
 /* A piece: long enough that its few dozen flops per channel do not count, short enough for a core's own cache. */
 enum { PIECE = 32768, ROW_PIECE = 65536, MIN_ROWS = 128 };
@@ -45,9 +45,9 @@ struct batchnorm {
     const struct kernels *kernels;
     const void *mean, *var, *dmean, *dvar; /* given */
     void *mean_out, *mean_low_out, *var_out, *dscale_out, *dbias_out;
-    const struct view *sums, *apply; /* what the sums read; what the elementwise sweep reads and writes */
-    struct grid sums_grid, apply_grid;
-    bool masked, stream, swept;             /* swept: there is an output to be written */
+    const struct view *sums, *sweep; /* what the sums read; what the elementwise sweep reads and writes */
+    struct grid sums_grid, sweep_grid;
+    bool masked, stream, writes;            /* writes: there is an output to be written */
     size_t num_sums, columns;               /* columns: that a thread's scratch memory has room for */
     double *partial;                        /* (pieces, num_sums, channels) */
     double *centre, *gain, *slope, *offset; /* (channels) */
@@ -70,7 +70,7 @@ static size_t column_bytes(const struct batchnorm *bn) {
 }
 
 static size_t scratch_bytes(const struct batchnorm *bn) {
-    return column_bytes(bn) + at_least(bn->sums->pack_bytes, bn->apply->pack_bytes);
+    return column_bytes(bn) + at_least(bn->sums->pack_bytes, bn->sweep->pack_bytes);
 }
 
 static struct scratch scratch_of(const struct batchnorm *bn, void *memory) {
@@ -81,12 +81,12 @@ static struct scratch scratch_of(const struct batchnorm *bn, void *memory) {
     return s;
 }
 
-/* What forward, inference and backward differ in.  All but apply work on channels [c, end). */
+/* What forward, inference and backward differ in.  All but sweep work on channels [c, end). */
 struct pass {
     void (*sum)(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s);
     void (*merge)(const struct batchnorm *bn, double *into, const double *from, size_t c, size_t end);
     void (*finish)(struct batchnorm *bn, size_t c, size_t end);
-    void (*apply)(const struct kernels *kernels, const struct bn_block *b, const struct bn_coefficients *coefficients);
+    void (*sweep)(const struct kernels *kernels, const struct bn_block *b, const struct bn_coefficients *coefficients);
 };
 
 /* Statistics and parameters: float64 for float64 data, else float32. */
@@ -112,7 +112,7 @@ static struct grid grid_of(const struct view *v) {
     const size_t row = v->line ? v->inner : v->channels * v->inner;
     g.parts = v->line ? divide_up(row, PIECE) : 1;
     g.lines = v->line ? at_least(PIECE / row, 1) : at_least(ROW_PIECE / row, MIN_ROWS);
-    if (!v->line) g.lines -= g.lines % v->phases; /* whole groups of side-by-side rows */
+    if (!v->line) g.lines -= g.lines % v->spread; /* whole groups of side-by-side rows */
     g.pieces = divide_up(v->outer, g.lines) * g.parts;
     g.channels = v->line ? at_least(ROW_PIECE / (at_most(g.lines, v->outer) * row), 1) : BN_COLUMNS / v->inner;
     g.tiles = divide_up(v->channels, g.channels);
@@ -140,7 +140,7 @@ static void fold(const struct view *v, size_t channels, double *a) {
     for (size_t c = 0; c < channels; c++) {
         const double *first = a + (v->line ? c * columns : c * places);
         double total = 0;
-        for (size_t p = 0; p < v->phases; p++)
+        for (size_t p = 0; p < v->spread; p++)
             for (size_t i = 0; i < places; i++) total += first[p * across * places + i];
         a[c] = total;
     }
@@ -150,9 +150,9 @@ static void fold(const struct view *v, size_t channels, double *a) {
 static void spread(const struct view *v, size_t channels, const double *values, double *columns) {
     const size_t across = v->line ? 1 : channels, places = v->line ? 1 : v->inner;
     for (size_t c = 0; c < channels; c++)
-        for (size_t p = 0; p < v->phases; p++)
+        for (size_t p = 0; p < v->spread; p++)
             for (size_t i = 0; i < places; i++)
-                columns[(v->line ? c * v->phases : c * places) + p * across * places + i] = values[c];
+                columns[(v->line ? c * v->spread : c * places) + p * across * places + i] = values[c];
 }
 
 /* ---- Forward ----------------------------------------------------------------------------------------------------- */
@@ -413,19 +413,19 @@ static void merge(const struct batchnorm *bn, size_t c, size_t end) {
 }
 
 /* How many of the channels [c, end) a sweep takes together: neighbours that are computed in the same way. */
-static size_t swept_together(const struct batchnorm *bn, size_t c, size_t end) {
-    const size_t step = view_together(bn->apply, end - c);
+static size_t sweep_together(const struct batchnorm *bn, size_t c, size_t end) {
+    const size_t step = view_together(bn->sweep, end - c);
     if (!__atomic_load_n(&bn->any_wide, __ATOMIC_RELAXED)) return step;
     for (size_t k = 1; k < step; k++)
         if (bn->wide[c + k] != bn->wide[c]) return k;
     return step;
 }
 
-static void apply(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s) {
-    const struct view *v = bn->apply;
+static void sweep(const struct batchnorm *bn, size_t piece, size_t c, size_t end, const struct scratch *s) {
+    const struct view *v = bn->sweep;
     double *const *columns = s->column;
     for (size_t step; c < end; c += step) {
-        step = swept_together(bn, c, end);
+        step = sweep_together(bn, c, end);
         struct bn_coefficients k = {bn->centre + c, bn->gain + c, bn->slope ? bn->slope + c : NULL, bn->offset + c,
                                     s->narrow};
         if (view_columns(v, 1) > 1 && !v->line) {
@@ -436,13 +436,13 @@ static void apply(const struct batchnorm *bn, size_t piece, size_t c, size_t end
             k = (struct bn_coefficients){columns[0], columns[1], k.slope ? columns[2] : NULL, columns[3], s->narrow};
         }
         struct walk w;
-        for (walk_begin(&w, v, region_of(v, &bn->apply_grid, piece, c, c + step), s->pack); walk_next(&w);) {
+        for (walk_begin(&w, v, region_of(v, &bn->sweep_grid, piece, c, c + step), s->pack); walk_next(&w);) {
             w.block.relu = bn->args->relu;
             w.block.stream = bn->stream && !w.packed[bn->slope ? BN_DX : BN_Y];
             if (bn->wide[c] != 0)
                 bn->kernels->bn_sweep_wide(&w.block, &k);
             else
-                bn->pass->apply(bn->kernels, &w.block, &k);
+                bn->pass->sweep(bn->kernels, &w.block, &k);
         }
     }
     if (bn->stream) bn->kernels->stream_end();
@@ -467,13 +467,13 @@ static void finish_chunk(void *work, size_t chunk, void *memory) {
 }
 
 /* The last chunk first: the end of what the sums read is still in the cache. */
-static void apply_chunk(void *work, size_t chunk, void *memory) {
+static void sweep_chunk(void *work, size_t chunk, void *memory) {
     const struct batchnorm *bn = work;
     const struct scratch s = scratch_of(bn, memory);
-    const struct grid *g = &bn->apply_grid;
+    const struct grid *g = &bn->sweep_grid;
     chunk = g->pieces * g->tiles - 1 - chunk;
     size_t c = chunk % g->tiles * g->channels;
-    apply(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->apply->channels), &s);
+    sweep(bn, chunk / g->tiles, c, at_most(c + g->channels, bn->sweep->channels), &s);
 }
 
 /* All of a few channels, from the sums to the result, while they are in the cache. */
@@ -488,9 +488,9 @@ static void tile_chunk(void *work, size_t chunk, void *memory) {
     }
     merge(bn, c, end);
     bn->pass->finish(bn, c, end);
-    for (size_t p = bn->swept ? bn->apply_grid.pieces : 0; p-- > 0;) {
+    for (size_t p = bn->writes ? bn->sweep_grid.pieces : 0; p-- > 0;) {
         if (p && parallel_stop()) return;
-        apply(bn, p, c, end, &s);
+        sweep(bn, p, c, end, &s);
     }
 }
 
@@ -503,21 +503,21 @@ static enum pyreg_status check(const struct pyreg_batchnorm *args, size_t *eleme
     return !status && (args->axis < 0 || args->axis >= args->ndim) ? PYREG_BAD_AXIS : status;
 }
 
-/* Fills in bn's views and runs its phases.  Operands the sums read come first in `sums`, the sweep's in `swept`; ns: of
+/* Fills in bn's views and runs its phases.  Operands the sums read come first in `sums`, the sweep's in `sweep`; ns: of
  * an element, roughly, in the last-level cache (`./run bench roofline`). */
-static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, const struct operand *swept,
+static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, const struct operand *sweep,
                              size_t elements, double ns) {
     const struct pyreg_batchnorm *args = bn->args;
-    struct view sums_view, apply_view; /* outside of bn, because they are long, and bn is cleared first */
-    view_init(&sums_view, args->ndim, args->shape, args->axis, sums, bn->pass->sum ? LONG_LINE : SWEPT_LINE);
-    view_init(&apply_view, args->ndim, args->shape, args->axis, swept, SWEPT_LINE);
+    struct view sums_view, sweep_view; /* outside of bn, because they are long, and bn is cleared first */
+    view_init(&sums_view, args->ndim, args->shape, args->axis, sums, bn->pass->sum ? LONG_LINE : SWEEP_LINE);
+    view_init(&sweep_view, args->ndim, args->shape, args->axis, sweep, SWEEP_LINE);
     bn->sums = &sums_view;
-    bn->apply = &apply_view;
+    bn->sweep = &sweep_view;
     bn->kernels = dispatch_kernels(args->dtype);
     bn->masked = bn->sums->size[BN_MASK];
-    bn->swept = bn->apply->size[BN_Y] || bn->apply->size[BN_DX];
+    bn->writes = bn->sweep->size[BN_Y] || bn->sweep->size[BN_DX];
     bn->sums_grid = grid_of(bn->sums);
-    bn->apply_grid = grid_of(bn->apply);
+    bn->sweep_grid = grid_of(bn->sweep);
 
     const size_t channels = bn->sums->channels;
     bn->lost_variance = bn->pass == &backward && lost_variance(bn);
@@ -531,11 +531,11 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     bn->slope = bn->pass == &backward ? values + 3 * channels : NULL;
     bn->wide = values + 4 * channels;
     bn->partial = values + 5 * channels;
-    bn->columns = at_least(tile_columns(bn->sums, &bn->sums_grid), tile_columns(bn->apply, &bn->apply_grid));
+    bn->columns = at_least(tile_columns(bn->sums, &bn->sums_grid), tile_columns(bn->sweep, &bn->sweep_grid));
 
-    /* In bn->apply's operands. */
+    /* In bn->sweep's operands. */
     size_t bytes = 0;
-    for (int k = 0; k < BN_OPERANDS; k++) bytes += elements * bn->apply->size[k];
+    for (int k = 0; k < BN_OPERANDS; k++) bytes += elements * bn->sweep->size[k];
     bn->stream = machine_stores_around(bytes);
 
     struct phase phases[3];
@@ -551,7 +551,7 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     } else {
         if (bn->pass->sum) phases[num++] = (struct phase){bn->sums_grid.pieces * bn->sums_grid.tiles, sum_chunk};
         phases[num++] = (struct phase){divide_up(channels, FINISH_CHANNELS), finish_chunk};
-        if (bn->swept) phases[num++] = (struct phase){bn->apply_grid.pieces * bn->apply_grid.tiles, apply_chunk};
+        if (bn->writes) phases[num++] = (struct phase){bn->sweep_grid.pieces * bn->sweep_grid.tiles, sweep_chunk};
     }
     enum pyreg_status status = parallel_run(phases, num, bn, scratch_bytes(bn), work_ns);
     memory_free(values);
@@ -581,9 +581,9 @@ enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm_forward *
     }
     const size_t size = dispatch_bytes(args->common.dtype);
     const struct operand sums[BN_OPERANDS] = {[BN_X] = {args->x, size, false}, [BN_MASK] = {args->mask, 1, false}};
-    const struct operand swept[BN_OPERANDS] = {
+    const struct operand sweep[BN_OPERANDS] = {
         [BN_X] = {args->x, size, false}, [BN_RESIDUAL] = {args->residual, size, false}, [BN_Y] = {args->y, size, true}};
-    return run(&bn, sums, swept, elements, 0.5);
+    return run(&bn, sums, sweep, elements, 0.5);
 }
 
 enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm_inference *args) {
@@ -592,9 +592,9 @@ enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm_inferen
     if (status || elements == 0) return status;
     struct batchnorm bn = {.pass = &inference, .args = &args->common, .mean = args->mean, .var = args->var};
     const size_t size = dispatch_bytes(args->common.dtype);
-    const struct operand swept[BN_OPERANDS] = {
+    const struct operand sweep[BN_OPERANDS] = {
         [BN_X] = {args->x, size, false}, [BN_RESIDUAL] = {args->residual, size, false}, [BN_Y] = {args->y, size, true}};
-    return run(&bn, swept, swept, elements, 0.3);
+    return run(&bn, sweep, sweep, elements, 0.3);
 }
 
 enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm_backward *args) {
@@ -620,9 +620,9 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm_backward
                                               [BN_DY] = {args->dy, size, false},
                                               [BN_MASK] = {args->mask, 1, false},
                                               [BN_Y] = {args->common.relu ? args->y : none, size, false}};
-    struct operand swept[BN_OPERANDS];
-    memcpy(swept, sums, sizeof swept);
-    swept[BN_DX] = (struct operand){args->dx, size, true};
-    swept[BN_DRESIDUAL] = (struct operand){args->dresidual, size, true};
-    return run(&bn, sums, swept, elements, 0.8);
+    struct operand sweep[BN_OPERANDS];
+    memcpy(sweep, sums, sizeof sweep);
+    sweep[BN_DX] = (struct operand){args->dx, size, true};
+    sweep[BN_DRESIDUAL] = (struct operand){args->dresidual, size, true};
+    return run(&bn, sums, sweep, elements, 0.8);
 }

@@ -4,8 +4,8 @@
 
 /* ---- View -------------------------------------------------------------------------------------------------------- */
 
-/* Columns side by side of a line, and of a row of fewer elements than SHORT_ROW. */
-enum { LINE_PHASES = 32, ROW_PHASES = 32, SHORT_ROW = 16 };
+/* Columns side by side of a line, and of a row of fewer elements than FEW_ELEMENTS. */
+enum { LINE_SPREAD = 32, ROW_SPREAD = 32, FEW_ELEMENTS = 16 };
 
 /* Dims of stride 0 repeat the same elements: they go outermost. */
 static int64_t reach(const struct dim *d) { return d->stride[BN_X] ? d->stride[BN_X] : INT64_MAX; }
@@ -15,7 +15,7 @@ static bool is_rows(const struct view *v, enum bn_operand k, size_t channels, si
     const int64_t size = (int64_t)v->size[k];
     if (inner > 1 && v->inner_dim.stride[k] != size) return false;
     if (channels > 1 && v->channel_dim.stride[k] != (int64_t)inner * size) return false;
-    if (v->line || v->phases == 1 || v->num_outer == 0) return true;
+    if (v->line || v->spread == 1 || v->num_outer == 0) return true;
     return v->outer_dim[v->num_outer - 1].stride[k] == (int64_t)(channels * inner) * size;
 }
 
@@ -67,7 +67,7 @@ void view_init(struct view *v, int ndim, const int64_t *shape, int axis, const s
     v->outer = 1;
     for (int d = 0; d < v->num_outer; d++) v->outer *= dims[d].length;
     v->line = v->channels == 1 || v->inner >= long_line;
-    v->phases = v->line ? LINE_PHASES : v->channels * v->inner < SHORT_ROW ? ROW_PHASES : 1;
+    v->spread = v->line ? LINE_SPREAD : v->channels * v->inner < FEW_ELEMENTS ? ROW_SPREAD : 1;
     v->pack_bytes = 0;
     for (int k = 0; k < BN_OPERANDS; k++) {
         const enum bn_operand of = (enum bn_operand)k; /* all channels may be rows, where one of them is not */
@@ -119,7 +119,7 @@ void walk_begin(struct walk *w, const struct view *v, struct region region, void
     w->block.relu = w->block.stream = false;
 }
 
-size_t view_columns(const struct view *v, size_t channels) { return channels * v->phases * (v->line ? 1 : v->inner); }
+size_t view_columns(const struct view *v, size_t channels) { return channels * v->spread * (v->line ? 1 : v->inner); }
 
 size_t view_together(const struct view *v, size_t channels) {
     bool neighbours = true;
@@ -144,7 +144,7 @@ bool walk_next(struct walk *w) {
     if (any) { /* as much as fits: rows, or a part of a row, which is a part of a line if there is one channel only */
         length = at_most(inner, PACK / channels);
         rows = length < inner || w->left.inner > w->inner_begin ? 1 : at_most(rows, PACK / (channels * length));
-        if (rows > v->phases && !v->line) rows -= rows % v->phases;
+        if (rows > v->spread && !v->line) rows -= rows % v->spread;
     }
     w->now = w->left;
     w->now.outer_end = w->left.outer + rows;
@@ -167,7 +167,7 @@ bool walk_next(struct walk *w) {
     w->block.rows = follow ? 1 : rows;
     w->block.lines = v->line ? channels : 1;
     w->block.length = v->line ? length : (follow ? rows : 1) * (size_t)width;
-    w->block.period = v->line ? v->phases : v->phases * (size_t)width;
+    w->block.period = v->line ? v->spread : v->spread * (size_t)width;
     w->block.channel_lines = v->line;
 
     w->left.inner = w->now.inner_end;

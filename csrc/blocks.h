@@ -11,8 +11,8 @@ _Static_assert(BN_OPERANDS <= (int)MAX_OPERANDS, "a dim has a stride for each op
  * the innermost dim of stride smaller than the channels'; all other dims but the channels' are counted by `outer`. */
 struct view {
     size_t outer, channels, inner;
-    bool line;     /* inner is a line: a channel has a column for each of `phases` elements side by side */
-    size_t phases; /* else: a row has a column for each of its elements; short rows go `phases` side by side */
+    bool line;     /* inner is a line: a channel has a column for each of `spread` elements side by side */
+    size_t spread; /* else: a row has a column for each of its elements; short rows go `spread` side by side */
     size_t size[BN_OPERANDS]; /* bytes of an element; 0: no such operand */
     bool output[BN_OPERANDS];
     char *data[BN_OPERANDS];

@@ -48,27 +48,27 @@ struct dropout {
 };
 
 /* n <= MASK_TILE elements, from j on, of a row whose mask bits start at `index`. */
-static void dropout_tile(const struct dropout *op, struct mask_window *w, const char *x, char *y, uint64_t index,
+static void dropout_tile(const struct dropout *op, struct mask_span *span, const char *x, char *y, uint64_t index,
                          size_t j, size_t n, bool stream) {
     if (op->what == COPY) {
         if (y != x) memcpy(y, x, n * op->size);
     } else if (op->what == DROP_ALL) {
         memset(y, 0, n * op->size);
     } else if (op->what == DRAW && op->rows.neighbours) {
-        size_t at = mask_window_move(w, index + j, n);
-        op->kernels->dropout(x, y, n, w->keep + at / 32, at % 32, op->scale, stream);
+        size_t at = mask_span_cover(span, index + j, n);
+        op->kernels->dropout(x, y, n, span->keep + at / 32, at % 32, op->scale, stream);
     } else {
         uint32_t keep[GATHERED_WORDS] = {0};
         if (op->what == KEEP_ALL)
             memset(keep, 0xff, sizeof keep);
         else
-            mask_gather(w, &op->rows.bits, index, j, n, keep);
+            mask_gather(span, &op->rows.bits, index, j, n, keep);
         op->kernels->dropout(x, y, n, keep, 0, op->scale, stream);
     }
 }
 
 /* Elements j .. end - 1 of a row. */
-static void dropout_row(const struct dropout *op, struct mask_window *w, const char *x, char *y, uint64_t index,
+static void dropout_row(const struct dropout *op, struct mask_span *span, const char *x, char *y, uint64_t index,
                         size_t j, size_t end) {
     x += j * op->size, y += j * op->size;
     for (size_t n; j < end; j += n, x += n * op->size, y += n * op->size) {
@@ -76,18 +76,18 @@ static void dropout_row(const struct dropout *op, struct mask_window *w, const c
         size_t over =
             (uintptr_t)y % LINE_BYTES; /* long rows go on from a cache line: full speed, and streams need it */
         if (over && end - j > MASK_TILE) n = (LINE_BYTES - over) / op->size;
-        dropout_tile(op, w, x, y, index, j, n, op->stream && !over);
+        dropout_tile(op, span, x, y, index, j, n, op->stream && !over);
     }
 }
 
 /* The same where elements are not neighbours, by way of a tile that has room for them. */
-static void dropout_strided_row(const struct dropout *op, struct mask_window *w, const char *x, char *y, uint64_t index,
-                                size_t j, size_t end, char *tile) {
+static void dropout_strided_row(const struct dropout *op, struct mask_span *span, const char *x, char *y,
+                                uint64_t index, size_t j, size_t end, char *tile) {
     if (op->what != DROP_ALL) rows_copy_in(&op->rows, op->size, x, j, end - j, tile);
     char *at = tile;
     for (size_t i = j, n; i < end; i += n, at += n * op->size) {
         n = at_most(MASK_TILE, end - i);
-        dropout_tile(op, w, at, at, index, i, n, false);
+        dropout_tile(op, span, at, at, index, i, n, false);
     }
     rows_copy_out(&op->rows, op->size, y, j, end - j, tile);
 }
@@ -95,8 +95,8 @@ static void dropout_strided_row(const struct dropout *op, struct mask_window *w,
 static void dropout_chunk(void *work, size_t chunk, void *tile) {
     const struct dropout *op = work;
     const struct rows *rows = &op->rows;
-    struct mask_window w;
-    mask_window_init(&w, &op->source);
+    struct mask_span span;
+    mask_span_init(&span, &op->source);
     const size_t from = chunk / rows->chunks_per_part * rows->part, to = at_most(from + rows->part, rows->length);
     size_t r = chunk % rows->chunks_per_part * rows->per_chunk;
     const size_t end = at_most(r + rows->per_chunk, rows->count);
@@ -105,9 +105,9 @@ static void dropout_chunk(void *work, size_t chunk, void *tile) {
         add_offsets(rows->outer, rows->num_outer, r, ROW_OPERANDS, at);
         const uint64_t index = op->offset + (uint64_t)at[MASK];
         if (rows->contiguous)
-            dropout_row(op, &w, op->x + at[X], op->y + at[Y], index, from, to);
+            dropout_row(op, &span, op->x + at[X], op->y + at[Y], index, from, to);
         else
-            dropout_strided_row(op, &w, op->x + at[X], op->y + at[Y], index, from, to, tile);
+            dropout_strided_row(op, &span, op->x + at[X], op->y + at[Y], index, from, to, tile);
     }
     if (op->stream) op->kernels->stream_end();
 }
@@ -158,14 +158,14 @@ struct mask_op {
 static void mask_chunk(void *work, size_t chunk, void *scratch) {
     (void)scratch;
     const struct mask_op *op = work;
-    struct mask_window w;
-    mask_window_init(&w, &op->source);
+    struct mask_span span;
+    mask_span_init(&span, &op->source);
     size_t j = chunk * MASK_CHUNK, end = at_most(j + MASK_CHUNK, op->n);
     for (size_t n; j < end; j += n) {
         n = at_most(end - j, MASK_TILE);
-        size_t at = mask_window_move(&w, op->offset + j, n);
+        size_t at = mask_span_cover(&span, op->offset + j, n);
         for (size_t k = 0; k < n; k += 32) {
-            uint32_t word = keep_word(w.keep + at / 32, at % 32, k / 32);
+            uint32_t word = keep_word(span.keep + at / 32, at % 32, k / 32);
             size_t bits = at_most(n - k, 32);
             if (!op->packed) {
                 for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;

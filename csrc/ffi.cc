@@ -4,7 +4,7 @@
  * A program says what it likes (jax.ffi.ffi_call, a damaged file): all that memory depends on is checked here. */
 #include "ffi.h"
 
-#include "pyreg.h"
+#include "strided.h"
 
 #include "xla/ffi/api/ffi.h"
 
@@ -119,8 +119,8 @@ enum { RATE_AT = 0, SCALE_AT = 2, NUMBERS = 7 };
 struct Window {
     size_t inner = 0;
     uint64_t first = 0; /* index of x's first element in the mask */
-    int64_t length[PYREG_MAX_DIMS], stride[PYREG_MAX_DIMS];
-    int64_t elements = 1; /* of the mask */
+    int64_t strides[PYREG_MAX_DIMS];
+    size_t elements = 1; /* of the mask */
 };
 
 /* Returns what is wrong with the window, or NULL.  x: its dims, for version 2; NULL: x is all of the array. */
@@ -132,21 +132,20 @@ template <typename Buffer> const char *set_window(Window *w, Buffer window, cons
     const size_t n = w->inner = static_cast<size_t>(dims[1]);
     if (x && x->size() < n) return "x has fewer dims than the window";
     const auto *words = window.typed_data();
-    for (size_t d = n; d-- > 0;) {
-        uint64_t start = static_cast<uint64_t>(words[d]);
-        if constexpr (is_v1) {
-            w->length[d] = words[n + d];
-        } else {
-            w->length[d] = static_cast<int64_t>(uint64_t{words[2 * n + d]} << 32 | words[n + d]);
-            start = x ? start * static_cast<uint64_t>(x->last(n)[d]) : 0;
-        }
-        w->stride[d] = w->length[d] == 1 ? 0 : w->elements;
-        w->first += start * static_cast<uint64_t>(w->stride[d]);
-        if (w->length[d] < 0 || __builtin_mul_overflow(w->elements, std::max<int64_t>(w->length[d], 1), &w->elements))
-            return "the mask's shape in the window is negative, or has 2^63 elements or more";
-    }
+    int64_t lengths[PYREG_MAX_DIMS];
     for (size_t d = 0; d < n; d++)
-        if (w->length[d] == 0) w->elements = 0;
+        if constexpr (is_v1)
+            lengths[d] = words[n + d];
+        else
+            lengths[d] = static_cast<int64_t>(uint64_t{words[2 * n + d]} << 32 | words[n + d]);
+    if (count_elements(static_cast<int>(n), lengths, &w->elements) != PYREG_OK)
+        return "the mask's shape in the window is negative, or has 2^63 elements or more";
+    set_strides(Dims(lengths, n), 1, w->strides);
+    for (size_t d = 0; d < n; d++) {
+        if (lengths[d] == 1) w->strides[d] = 0;
+        const uint64_t parts = is_v1 ? 1 : x ? static_cast<uint64_t>(x->last(n)[d]) : 0;
+        w->first += static_cast<uint64_t>(words[d]) * parts * static_cast<uint64_t>(w->strides[d]);
+    }
     return nullptr;
 }
 
@@ -165,13 +164,34 @@ struct Rows {
             if (dims[d] != 1 && dims[d] != batch[d]) return false;
         return true;
     }
-    bool has_own(Dims batch, size_t d) const { return present && dims[d] == batch[d] && batch[d] != 1; }
+    bool has_own(size_t d) const { return present && dims[d] != 1; }
+    /* From row to row along each dim of a batch that they fit. */
     void set_steps(size_t batch, int64_t *steps) const {
-        int64_t step = 1;
-        for (size_t d = batch; d-- > 0;) {
-            steps[d] = present && dims[d] != 1 ? step : 0;
-            if (present) step *= dims[d];
-        }
+        if (present) set_strides(dims.first(batch), 1, steps);
+        for (size_t d = 0; d < batch; d++)
+            if (!has_own(d)) steps[d] = 0;
+    }
+};
+
+/* The parts of a batch with a mask of their own, in C order: the byte where each begins in an array, and its rows. */
+class Parts {
+    dim dims[PYREG_MAX_DIMS];
+    int num_dims = 0;
+
+  public:
+    struct Place {
+        int64_t at[3] = {0, 0, 0}; /* in the array; row of a; row of b */
+    };
+    size_t count = 1;
+
+    void add_dim(int64_t length, int64_t stride, int64_t a_step, int64_t b_step) {
+        count *= static_cast<size_t>(length);
+        dims[num_dims++] = {static_cast<size_t>(length), {stride, a_step, b_step}};
+    }
+    Place operator[](size_t part) const {
+        Place place;
+        add_offsets(dims, num_dims, part, 3, place.at);
+        return place;
     }
 };
 
@@ -189,41 +209,33 @@ ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, cons
     if (!a.fits(dims.first(batch)) || !b.fits(dims.first(batch)))
         return refuse("the key, the mask's bits or the numbers have batch dims that are not those of x");
     if (x.element_count() == 0) return ffi::Error::Success();
-    for (size_t d = 0; d < window.inner; d++)
-        if (window.length[d] == 0) return refuse("the mask has no element, x has");
+    if (window.elements == 0) return refuse("the mask has no element, x has");
 
     int64_t strides[PYREG_MAX_DIMS], a_steps[PYREG_MAX_DIMS], b_steps[PYREG_MAX_DIMS];
     set_strides(dims, bytes_of(x), strides);
     a.set_steps(batch, a_steps), b.set_steps(batch, b_steps);
     int64_t shape[PYREG_MAX_DIMS], x_strides[PYREG_MAX_DIMS], mask_strides[PYREG_MAX_DIMS]; /* of a part */
-    size_t ndim = 0, own[PYREG_MAX_DIMS], num_own = 0;                                      /* dims that count parts */
+    Parts parts;
+    size_t ndim = 0;
     for (size_t d = 0; d < dims.size(); d++)
-        if (d < batch && (a.has_own(dims, d) || b.has_own(dims, d))) {
-            own[num_own++] = d;
+        if (d < batch && (a.has_own(d) || b.has_own(d))) {
+            parts.add_dim(dims[d], strides[d], a_steps[d], b_steps[d]);
         } else {
             shape[ndim] = dims[d], x_strides[ndim] = strides[d];
-            mask_strides[ndim++] = d < batch ? 0 : window.stride[d - batch];
+            mask_strides[ndim++] = d < batch ? 0 : window.strides[d - batch];
         }
     struct pyreg_dropout args = {};
     args.dtype = dtype_of(x), args.ndim = static_cast<int>(ndim), args.shape = shape;
     args.mask = mask, args.mask.offset = window.first, args.mask_strides = mask_strides;
 
-    int64_t index[PYREG_MAX_DIMS] = {0};
-    for (int64_t x_at = 0, i = 0, j = 0;;) {
+    for (size_t part = 0; part < parts.count; part++) {
+        const auto [x_at, i, j] = parts[part].at;
         args.scale = prepare(&args.mask, i, j);
         args.x = {at(x, x_at), x_strides}, args.y = {at(y, x_at), x_strides};
         const pyreg_status status = pyreg_dropout(&args);
         if (status != PYREG_OK) return error_of(status);
-        size_t k = num_own;
-        for (; k > 0; k--) { /* the next part */
-            const size_t d = own[k - 1];
-            x_at += strides[d], i += a_steps[d], j += b_steps[d];
-            if (++index[k - 1] < dims[d]) break;
-            x_at -= dims[d] * strides[d], i -= dims[d] * a_steps[d], j -= dims[d] * b_steps[d];
-            index[k - 1] = 0;
-        }
-        if (k == 0) return ffi::Error::Success();
     }
+    return ffi::Error::Success();
 }
 
 /* The packed masks of all keys and rates, a row of bits for each. */
@@ -233,7 +245,7 @@ ffi::Error mask_each(Dims keys, Rows numbers, const Window &window, ffi::Result<
     const NoInterrupts guard;
     const Dims dims = bits->dimensions();
     if (dims.size() == 0 || dims.size() > PYREG_MAX_DIMS ||
-        dims.back() != window.elements / 8 + (window.elements % 8 != 0))
+        static_cast<size_t>(dims.back()) != window.elements / 8 + (window.elements % 8 != 0))
         return refuse("the bits have another shape than the mask");
     const size_t batch = dims.size() - 1;
     const Rows key_rows(keys);
@@ -241,13 +253,14 @@ ffi::Error mask_each(Dims keys, Rows numbers, const Window &window, ffi::Result<
         return refuse("the key or the numbers have batch dims that are not those of the bits");
     int64_t key_steps[PYREG_MAX_DIMS], number_steps[PYREG_MAX_DIMS];
     key_rows.set_steps(batch, key_steps), numbers.set_steps(batch, number_steps);
-    for (int64_t row = 0; row < elements_of(dims.first(batch)); row++) {
-        int64_t i = 0, j = 0, rest = row;
-        for (size_t d = batch; d-- > 0; rest /= dims[d])
-            i += rest % dims[d] * key_steps[d], j += rest % dims[d] * number_steps[d];
+    int64_t strides[PYREG_MAX_DIMS];
+    set_strides(dims, 1, strides);
+    Parts parts;
+    for (size_t d = 0; d < batch; d++) parts.add_dim(dims[d], strides[d], key_steps[d], number_steps[d]);
+    for (size_t part = 0; part < parts.count; part++) {
+        const auto [bits_at, i, j] = parts[part].at;
         prepare(&mask, i, j);
-        const pyreg_status status = pyreg_dropout_mask(&mask, static_cast<size_t>(window.elements), true,
-                                                       bits->typed_data() + row * dims.back());
+        const pyreg_status status = pyreg_dropout_mask(&mask, window.elements, true, bits->typed_data() + bits_at);
         if (status != PYREG_OK) return error_of(status);
     }
     return ffi::Error::Success();

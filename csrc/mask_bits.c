@@ -48,24 +48,24 @@ enum pyreg_status mask_source_init(struct mask_source *source, const struct pyre
     return PYREG_OK;
 }
 
-/* ---- Windows ----------------------------------------------------------------------------------------------------- */
+/* ---- Spans ------------------------------------------------------------------------------------------------------- */
 
-void mask_window_init(struct mask_window *w, const struct mask_source *source) {
-    w->source = source;
-    w->first = w->bits = 0;
+void mask_span_init(struct mask_span *span, const struct mask_source *source) {
+    span->source = source;
+    span->first = span->bits = 0;
 }
 
-size_t mask_window_move(struct mask_window *w, uint64_t index, size_t n) {
-    uint64_t at = index - w->first; /* indices are modulo 2^64 */
-    if (at < w->bits && at + n <= w->bits) return (size_t)at;
+size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n) {
+    uint64_t at = index - span->first; /* indices are modulo 2^64 */
+    if (at < span->bits && at + n <= span->bits) return (size_t)at;
 
-    uint64_t first = index & ~(uint64_t)(MASK_GROUP - 1), skip = first - w->first;
-    size_t have = skip < w->bits ? w->bits - (size_t)skip : 0;
-    if (have) memmove(w->keep, w->keep + skip / 32, have / 8);
+    uint64_t first = index & ~(uint64_t)(MASK_GROUP - 1), skip = first - span->first;
+    size_t have = skip < span->bits ? span->bits - (size_t)skip : 0;
+    if (have) memmove(span->keep, span->keep + skip / 32, have / 8);
     size_t want = divide_up((size_t)(index - first) + n, MASK_GROUP) * MASK_GROUP;
-    w->source->make(&w->source->draw, first / 32 + have / 32, (want - have) / 32, w->keep + have / 32);
-    w->first = first;
-    w->bits = want;
+    span->source->make(&span->source->draw, first / 32 + have / 32, (want - have) / 32, span->keep + have / 32);
+    span->first = first;
+    span->bits = want;
     return (size_t)(index - first);
 }
 
@@ -100,23 +100,23 @@ static void repeat_bits(size_t period, size_t n, uint32_t *keep) {
     }
 }
 
-void mask_gather(struct mask_window *w, const struct mask_row *row, uint64_t index, size_t j, size_t n,
+void mask_gather(struct mask_span *span, const struct mask_row *row, uint64_t index, size_t j, size_t n,
                  uint32_t keep[GATHERED_WORDS]) {
     const size_t run = row->run;
     const uint64_t step = row->step, run_step = row->run_step;
     size_t skip = j % run;
     index += j / run * step;
     if (step == 1 && run_step == 0) {
-        size_t at = mask_window_move(w, index, (skip + n - 1) / run + 1);
-        spread_bits(w->keep, at, run, skip, n, keep);
+        size_t at = mask_span_cover(span, index, (skip + n - 1) / run + 1);
+        spread_bits(span->keep, at, run, skip, n, keep);
         return;
     }
     const size_t own = step == 0 && run < n ? run : n; /* the rest repeats them */
     for (size_t k = 0, bits; k < own; k += bits, skip = 0, index += step) {
         bits = at_most(run - skip, n - k);
-        size_t at = mask_window_move(w, index + skip * run_step, run_step ? bits : 1);
+        size_t at = mask_span_cover(span, index + skip * run_step, run_step ? bits : 1);
         for (size_t b = 0; b < bits; b += 32)
-            put_word(keep, k + b, run_step ? word_at(w->keep, at + b) : -(uint32_t)bit_at(w->keep, at));
+            put_word(keep, k + b, run_step ? word_at(span->keep, at + b) : -(uint32_t)bit_at(span->keep, at));
     }
     repeat_bits(own, n, keep);
 }

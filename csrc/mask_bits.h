@@ -1,4 +1,4 @@
-/* Mask bits, a window at a time: of a generator or packed, of neighbouring elements or gathered for a row. */
+/* Mask bits, a span at a time: of a generator or packed, of neighbouring elements or gathered for a row. */
 #ifndef PYREG_MASK_BITS_H
 #define PYREG_MASK_BITS_H
 
@@ -15,17 +15,17 @@ struct mask_source {
 };
 enum pyreg_status mask_source_init(struct mask_source *source, const struct pyreg_mask *mask);
 
-/* A window on the endless row of mask bits: a tile at any position.  Neighbouring rows share what it holds. */
-struct mask_window {
+/* A span of the endless row of mask bits: a tile at any position.  Neighbouring rows share what it holds. */
+struct mask_span {
     const struct mask_source *source;
     uint64_t first;                                             /* index of bit 0, a multiple of MASK_GROUP */
     size_t bits;                                                /* that have been made */
     uint32_t keep[MASK_WORDS + 2] __attribute__((aligned(64))); /* readers may look one word too far */
 };
-void mask_window_init(struct mask_window *w, const struct mask_source *source);
+void mask_span_init(struct mask_span *span, const struct mask_source *source);
 
-/* Puts the bits of [index, index + n) into the window, n <= MASK_TILE, and returns the position of the first. */
-size_t mask_window_move(struct mask_window *w, uint64_t index, size_t n);
+/* Puts the bits of [index, index + n) into the span, n <= MASK_TILE, and returns the position of the first. */
+size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n);
 
 /* The bits of a row's elements: element j has bit j / run * step + j % run * run_step. */
 struct mask_row {
@@ -34,7 +34,7 @@ struct mask_row {
 };
 enum { GATHERED_WORDS = MASK_TILE / 32 + 2 };
 /* keep: n <= MASK_TILE bits, those of elements j and on of a row whose first bit is at `index`. */
-void mask_gather(struct mask_window *w, const struct mask_row *row, uint64_t index, size_t j, size_t n,
+void mask_gather(struct mask_span *span, const struct mask_row *row, uint64_t index, size_t j, size_t n,
                  uint32_t keep[GATHERED_WORDS]);
 
 #endif

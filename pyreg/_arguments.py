@@ -335,11 +335,9 @@ def as_axis(axis: int, ndim: int) -> int:
     return axis + ndim if axis < 0 else axis
 
 
-def as_norm(x: Any, axis: int, epsilon: float, activation: Any) -> tuple[Array, int, int, float, bool]:
-    """x, the code of its dtype, the dim of its channels, epsilon, and whether there is a ReLU."""
-    x, code = as_input(x)
-    relu = activation is not None and as_relu(activation)
-    return x, code, as_axis(axis, x.ndim), as_epsilon(epsilon), relu
+def as_norm(ndim: int, axis: int, epsilon: float, activation: Any) -> tuple[int, float, bool]:
+    """The dim of the channels, epsilon, and whether there is a ReLU."""
+    return as_axis(axis, ndim), as_epsilon(epsilon), activation is not None and as_relu(activation)
 
 
 def check_given(value: Any, name: str) -> None:

@@ -357,7 +357,8 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
+    x, code = arg.as_input(x)
+    axis, epsilon, relu = arg.as_norm(x.ndim, axis, epsilon, activation)
     arg.check_elements(x, axis)
     channels = x.shape[axis]
     scale = None if scale is None else arg.as_statistic(scale, code, channels, "scale")
@@ -409,7 +410,8 @@ def batch_norm_inference(
     >>> pyreg.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 10], [4, 1], epsilon=0)
     array([[0.5, 0. ]])
     """
-    x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
+    x, code = arg.as_input(x)
+    axis, epsilon, relu = arg.as_norm(x.ndim, axis, epsilon, activation)
     channels = x.shape[axis]
     mean = arg.as_statistic(mean, code, channels, "mean")
     var = arg.as_statistic(var, code, channels, "var")
@@ -473,7 +475,8 @@ def batch_norm_backward(
     >>> dbias
     array([3.])
     """
-    x, code, axis, epsilon, relu = arg.as_norm(x, axis, epsilon, activation)
+    x, code = arg.as_input(x)
+    axis, epsilon, relu = arg.as_norm(x.ndim, axis, epsilon, activation)
     dy = arg.as_like(dy, x, "dy")
     arg.check_elements(x, axis)
     channels = x.shape[axis]

@@ -490,7 +490,8 @@ class BatchNorm(Layer):
         TypeError, ValueError, KeyboardInterrupt
             As :func:`pyreg.batch_norm`; the layer is then as it was before the call.
         """
-        x, code, axis, epsilon, _ = arg.as_norm(x, self.axis, self.epsilon, None)
+        x, code = arg.as_input(x)
+        axis, epsilon, _ = arg.as_norm(x.ndim, self.axis, self.epsilon, None)
         channels = x.shape[axis]
         if channels != arg.as_integer(self.num_features, "num_features"):
             raise ValueError(f"x has {channels} channels in dim {self.axis}; wanted {arg.shown(self.num_features)}")

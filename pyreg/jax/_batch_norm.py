@@ -544,20 +544,19 @@ def batch_norm(
     (Array([ 2., 20.], dtype=float32), Array([  1., 100.], dtype=float32))
     """
     x = _primitive.check_array(x)
-    axis = arg.as_axis(axis, x.ndim)
+    axis, epsilon, relu = arg.as_norm(x.ndim, axis, epsilon, activation)
     arg.check_elements(x, axis)
-    relu = arg.as_relu(activation)
     scale, bias = _as_values(scale, x, axis, 1, "scale"), _as_values(bias, x, axis, 0, "bias")
-    o, number = Options(axis, relu, mask is not None, residual is not None), arg.as_epsilon(epsilon)
+    o = Options(axis, relu, mask is not None, residual is not None)
     optional = _as_mask(mask, x), _as_residual(residual, x)
-    a, scale, bias, words, mask, residual = _primitive.vary_alike(x, scale, bias, _numbers.words_of(number), *optional)
+    a, scale, bias, words, mask, residual = _primitive.vary_alike(x, scale, bias, _numbers.words_of(epsilon), *optional)
     if axis_name is None:
         y, mean, _, var = forward_p.bind(a, scale, bias, words, mask, residual, o=o)
         return y, mean, var
     statistics = forward_p.bind(a, scale, bias, words, mask, np.zeros(0, x.dtype), o=o.for_pooling)[1:]
     psum = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
     mean, low, var = _pool(_weight(a, scale, mask, o=o), statistics, psum)
-    return _normalise(a, scale, bias, number, residual, mean, low, var, o=o), mean, var
+    return _normalise(a, scale, bias, epsilon, residual, mean, low, var, o=o), mean, var
 
 
 def batch_norm_inference(
@@ -598,11 +597,10 @@ def batch_norm_inference(
     Array([[0.5, 0. ]], dtype=float32)
     """
     x = _primitive.check_array(x)
-    axis = arg.as_axis(axis, x.ndim)
+    axis, epsilon, relu = arg.as_norm(x.ndim, axis, epsilon, activation)
     arg.check_given(mean, "mean")
     arg.check_given(var, "var")
-    relu = arg.as_relu(activation)
     given = ((mean, 0, "mean"), (var, 1, "var"), (scale, 1, "scale"), (bias, 0, "bias"))
     means, variances, scales, biases = (_as_values(v, x, axis, default, name) for v, default, name in given)
-    o, number = Options(axis, relu, False, residual is not None), arg.as_epsilon(epsilon)
-    return _normalise(x, scales, biases, number, _as_residual(residual, x), means, None, variances, o=o)
+    o = Options(axis, relu, False, residual is not None)
+    return _normalise(x, scales, biases, epsilon, _as_residual(residual, x), means, None, variances, o=o)
