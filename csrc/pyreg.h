@@ -169,10 +169,13 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm_backward
  * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A number that
  * OpenMP is given after loading, as threadpoolctl does, is a limit in every case, but not noticed if it equals the one
  * at loading.  Small calls run serially.  The threads that help are the library's own; all calls share them, and they
- * sleep between calls.  Where the system refuses another one, those that there are do the work. */
+ * sleep between calls.  Where the system refuses another one, those that there are do the work.
+ *
+ * pyreg_limit_threads(n) is what another library allows the calling thread: never more than n, if n > 0. */
 int pyreg_get_num_threads(void);
 void pyreg_set_num_threads(int n); /* whole process; 0: automatic */
 int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  Returns the previous value */
+int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns the previous value */
 
 /* OpenMP may pin the thread that loads it to a CPU (OMP_PROC_BIND).  Says that the loader has undone that, so that a
  * main thread with that affinity has it from elsewhere. */

@@ -12,6 +12,7 @@ static int openmp_default;         /* what OpenMP allowed when the library was l
 static bool openmp_asked;          /* was that a wish, and not the CPUs that the loading thread may use? */
 static atomic_int process_threads; /* pyreg_set_num_threads */
 static own_t thread_threads;       /* pyreg_use_threads */
+static own_t thread_limit;         /* pyreg_limit_threads */
 
 /* Where OpenMP binds threads to places (OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY), it pins the thread that loads it
  * and each that opens a region to the first of them.  That is no limit on us; only all the places together are. */
@@ -44,6 +45,7 @@ static void read_cpus(struct cpus *cpus) {
 
 AT_LOAD static void at_load(void) {
     own_init(&thread_threads);
+    own_init(&thread_limit);
     openmp_default = omp_get_max_threads();
     openmp_binds = omp_get_proc_bind() != omp_proc_bind_false && omp_get_num_places() > 0;
     struct cpus cpus;
@@ -52,9 +54,11 @@ AT_LOAD static void at_load(void) {
     openmp_asked = (asked && *asked) || openmp_default != cpus_count(&cpus);
 }
 
+static int number_of(own_t own) { return (int)(intptr_t)own_get(own); }
+
 struct threads threads_for_call(void) {
     struct threads t;
-    int openmp = omp_get_max_threads(), asked = (int)(intptr_t)own_get(thread_threads);
+    int openmp = omp_get_max_threads(), asked = number_of(thread_threads);
     if (!asked) asked = atomic_load(&process_threads);
     read_cpus(&t.cpus);
     int cpus = cpus_count(&t.cpus);
@@ -62,7 +66,8 @@ struct threads threads_for_call(void) {
     cpus = (int)fmax(1, fmin(cpus, ceil(machine_quota())));
     t.count = asked ? asked : cpus;
     if (((!asked && openmp_asked) || openmp != openmp_default) && openmp < t.count) t.count = openmp;
-    const int limit = omp_get_thread_limit();
+    const int allowed = number_of(thread_limit), limit = omp_get_thread_limit();
+    if (allowed && allowed < t.count) t.count = allowed;
     if (t.count > limit) t.count = limit;
     t.useful = t.count > cpus ? t.count : cpus;
     if (t.useful > limit) t.useful = limit;
@@ -75,11 +80,15 @@ int pyreg_get_num_threads(void) { return threads_for_call().count; }
 
 void pyreg_set_num_threads(int n) { atomic_store(&process_threads, n > 0 ? n : 0); }
 
-int pyreg_use_threads(int n) {
-    int old = (int)(intptr_t)own_get(thread_threads);
-    own_set(thread_threads, (void *)(intptr_t)(n > 0 ? n : 0));
+static int exchange(own_t own, int n) {
+    const int old = number_of(own);
+    own_set(own, (void *)(intptr_t)(n > 0 ? n : 0));
     return old;
 }
+
+int pyreg_use_threads(int n) { return exchange(thread_threads, n); }
+
+int pyreg_limit_threads(int n) { return exchange(thread_limit, n); }
 
 int pyreg_openmp_version(void) { return _OPENMP; }
 

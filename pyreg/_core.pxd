@@ -103,6 +103,7 @@ cdef extern from "pyreg.h" nogil:
     int pyreg_get_num_threads()
     void pyreg_set_num_threads(int n)
     int pyreg_use_threads(int n)
+    int pyreg_limit_threads(int n)
     void pyreg_unpinned()
     void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
 

@@ -26,6 +26,20 @@ def dropout(
     mask_strides: tuple[int, ...] | None,
     scale: float | None = None,
 ) -> None: ...
+def dropout_at(
+    dtype: int,
+    x: int,
+    y: int,
+    shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    key: int,
+    rate: float,
+    scale: float,
+    mask_strides: tuple[int, ...] | None,
+    max_threads: int,
+) -> None: ...
+def limit_threads(n: int) -> int: ...
 def dropout_scale(dtype: int, rate: float) -> float: ...
 def dropout_mask(n: int, out: ndarray, packed: bool, generator: int, key: int, rate: float, offset: int) -> None: ...
 def apart(x: ndarray) -> bool: ...

@@ -227,6 +227,47 @@ def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int gener
     check(status)
 
 
+cdef int set_ints(object ints, int n, int64_t unit, int64_t *out) except -1:
+    """A tuple of n ints, in units, for C; torch.Size is one, too."""
+    cdef int d
+    if not isinstance(ints, tuple) or len(<tuple>ints) != n:
+        raise ValueError(f"{ints!r} is not a tuple of {n} ints")
+    for d in range(n):
+        out[d] = unit * <int64_t>(<tuple>ints)[d]
+    return 0
+
+
+def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint64_t key, double rate, double scale,
+               mask_strides, int max_threads):
+    """y = dropout(x) by philox, for arrays of another library: addresses, and strides in elements, one for each dim.
+    mask_strides: as there, or None for C order.  max_threads: that it allows."""
+    cdef int64_t[PYREG_MAX_DIMS] lengths, of_x, of_y, of_mask
+    cdef int64_t size = 4 if dtype == PYREG_F32 else 8 if dtype == PYREG_F64 else 2
+    cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS), before
+    cdef pyreg_status status
+    set_ints(shape, ndim, 1, lengths)
+    set_ints(x_strides, ndim, size, of_x)
+    set_ints(y_strides, ndim, size, of_y)
+    cdef dropout_arguments args = dropout_arguments(
+        dtype=<pyreg_dtype>dtype, ndim=ndim, shape=&lengths[0], mask=make_mask(PYREG_PHILOX, key, rate, 0), scale=scale,
+        x=pyreg_array(data=<void *>x, strides=&of_x[0]), y=pyreg_array(data=<void *>y, strides=&of_y[0]),
+        mask_strides=NULL)
+    if mask_strides is not None:
+        set_ints(mask_strides, ndim, 1, of_mask)
+        args.mask_strides = &of_mask[0]
+    use_asked_threads()
+    before = pyreg_limit_threads(max_threads)
+    with nogil:
+        status = pyreg_dropout(&args)
+    pyreg_limit_threads(before)
+    check(status)
+
+
+def limit_threads(int n):
+    """Calls of this thread use at most n threads; 0: no limit.  Returns what was set before."""
+    return pyreg_limit_threads(n)
+
+
 def dropout_scale(int dtype, double rate):
     """1 / (1 - rate), rounded as XLA rounds it for the dtype."""
     return pyreg_dropout_scale(<pyreg_dtype>dtype, rate)

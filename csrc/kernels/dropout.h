@@ -13,15 +13,12 @@ static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
 }
 
 /* x, y: 32 elements. */
-static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t scale) {
-    for (int j = 0; j < WORD; j += LANES) store_kept(y + j, scaled(x + j, scale), kept >> j);
+static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t scale, bool ties) {
+    for (int j = 0; j < WORD; j += LANES) store_kept(y + j, scaled(x + j, scale, ties), kept >> j);
 }
 
-static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, unsigned shift, double scale_,
-                    bool stream) {
-    const elem_t *x = x_;
-    elem_t *y = y_;
-    acc_t scale = (acc_t)scale_;
+static inline void dropout_words(const elem_t *x, elem_t *y, size_t n, const uint32_t *keep, unsigned shift,
+                                 acc_t scale, bool ties, bool stream) {
     size_t j = 0;
     for (; j + WORD <= n; j += WORD) {
         for (size_t b = 0; b < WORD * sizeof(elem_t); b += LINE_BYTES) {
@@ -31,14 +28,23 @@ static void dropout(const void *x_, void *y_, size_t n, const uint32_t *keep, un
         uint32_t kept = keep_word(keep, shift, j / WORD);
         if (stream) {
             elem_t line[WORD] __attribute__((aligned(LINE_BYTES)));
-            dropout_word(x + j, line, kept, scale);
+            dropout_word(x + j, line, kept, scale, ties);
             stream_lines(y + j, line, sizeof line);
         } else {
-            dropout_word(x + j, y + j, kept, scale);
+            dropout_word(x + j, y + j, kept, scale, ties);
         }
     }
     uint32_t kept = keep_word(keep, shift, j / WORD);
     for (; j < n; j++, kept >>= 1) y[j] = dropout_elem(x[j], kept & 1, scale);
+}
+
+static void dropout(const void *x, void *y, size_t n, const uint32_t *keep, unsigned shift, double scale_,
+                    bool stream) {
+    const acc_t scale = (acc_t)scale_;
+    if (may_tie(scale)) /* a loop of its own */
+        dropout_words(x, y, n, keep, shift, scale, true, stream);
+    else
+        dropout_words(x, y, n, keep, shift, scale, false, stream);
 }
 
 #endif

@@ -46,22 +46,37 @@ static inline void store_kept(elem_t *y, vec v, uint32_t kept) {
 #endif
 }
 
-/* One vector of x * scale, in the element type. */
+/* Whether a product with this scale may lie between two elements.  With the reciprocal of a bfloat16 none does: it has
+ * one of 128 significands, and so has x: all 16,384 pairs were tried, and are by the tests. */
+static inline bool may_tie(acc_t scale) {
 #if defined(PYREG_BF16)
-static inline vec scaled(const elem_t *x, acc_t scale) {
+    return 1 / load(store(1 / scale)) != scale;
+#else
+    (void)scale;
+    return false;
+#endif
+}
+
+/* One vector of x * scale, in the element type; ties: may_tie(scale). */
+#if defined(PYREG_BF16)
+static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
     /* Two in each 32-bit lane: the upper one is a float once the lower is cleared, the lower once it is shifted up.
-     * Rounding is simpler than store()'s.  Adding half rounds ties up, not to even; but no product with 1 / keep ties
-     * (a bfloat16 keep has one of 128 significands, and so has x: all 16,384 pairs were tried, and are by the tests).
-     * And the product of a NaN ends in 16 zero bits, so it does not carry. */
+     * Rounding is simpler than store()'s: the product of a NaN ends in 16 zero bits, so it does not carry. */
     vec32 pair;
     memcpy(&pair, x, sizeof pair);
     vec32 a = (vec32)((vecf)(pair & 0xffff0000u) * scale), b = (vec32)((vecf)(pair << 16) * scale);
-    a += 0x8000;
-    b += 0x8000;
+    if (ties) { /* to even */
+        a += 0x7fff + (a >> 16 & 1);
+        b += 0x7fff + (b >> 16 & 1);
+    } else {
+        a += 0x8000;
+        b += 0x8000;
+    }
     return (vec16)((a & 0xffff0000u) | b >> 16);
 }
 #elif defined(PYREG_F16) && defined(__AVX512F__)
-static inline vec scaled(const elem_t *x, acc_t scale) {
+static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
+    (void)ties;
     __m256i half[2];
     for (int h = 0; h < 2; h++) {
         __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x + h));
@@ -70,7 +85,8 @@ static inline vec scaled(const elem_t *x, acc_t scale) {
     return (vec16)_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
 }
 #elif defined(PYREG_F16) && defined(__F16C__)
-static inline vec scaled(const elem_t *x, acc_t scale) {
+static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
+    (void)ties;
     __m128i half[2];
     for (int h = 0; h < 2; h++) {
         __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x + h));
@@ -79,13 +95,15 @@ static inline vec scaled(const elem_t *x, acc_t scale) {
     return (vec16)_mm256_set_m128i(half[1], half[0]);
 }
 #elif defined(PYREG_F16)
-static inline vec scaled(const elem_t *x, acc_t scale) {
+static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
+    (void)ties;
     vec v = {0};
     for (int j = 0; j < LANES; j++) v[j] = store(load(x[j]) * scale);
     return v;
 }
 #else
-static inline vec scaled(const elem_t *x, acc_t scale) {
+static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
+    (void)ties;
     typedef acc_t vec_acc __attribute__((vector_size(VEC_BYTES)));
     vec_acc v;
     memcpy(&v, x, sizeof v);

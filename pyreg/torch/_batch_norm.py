@@ -1,0 +1,210 @@
+"""Batch-norm of dense tensors in eager training; all else is for torch's own."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pyreg import _core
+from pyreg.torch import _compat
+from pyreg.torch._drop import CODES
+
+Tensor = torch.Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+# ---- The kernels -----------------------------------------------------------------------------------------------------
+
+
+def _array(x: Tensor) -> Any:
+    """A view for _core; NumPy has no bfloat16, and _core is told the type by its code."""
+    x = x.detach()
+    return (x.view(torch.int16) if x.dtype is torch.bfloat16 else x).numpy()
+
+
+def _values(x: Tensor | None, like: Tensor) -> Any:
+    """A parameter or statistic, in the dtype that goes with the data."""
+    if x is None:
+        return None
+    return x.detach().to(torch.float64 if like.dtype is torch.float64 else torch.float32).contiguous().numpy()
+
+
+def _new(x: Tensor) -> Tensor:
+    """Where torch's batch-norm puts a result like x: in the order of x if that is a memory format, else in C order."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    keeps = x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+    return torch.empty_like(x, memory_format=torch.preserve_format if keeps else torch.contiguous_format)
+
+
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and biased variance per channel, in float32 or float64."""
+    y = _new(x)
+    before = _core.limit_threads(torch.get_num_threads())
+    try:
+        mean, var = _core.batch_norm(
+            CODES[x.dtype],
+            _array(x),
+            1,
+            eps,
+            False,
+            _values(weight, x),
+            _values(bias, x),
+            None,
+            None,
+            _array(y),
+        )
+    finally:
+        _core.limit_threads(before)
+    return y, torch.from_numpy(mean), torch.from_numpy(var)
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x, weight and bias."""
+    dx = _new(x)
+    before = _core.limit_threads(torch.get_num_threads())
+    try:
+        dweight, dbias = _core.batch_norm_backward(
+            CODES[x.dtype],
+            _array(dy),
+            _array(x),
+            1,
+            eps,
+            False,
+            _values(weight, x),
+            None,
+            None,
+            _values(mean, x),
+            _values(var, x),
+            _array(dx),
+            None,
+        )
+    finally:
+        _core.limit_threads(before)
+    return dx, torch.from_numpy(dweight), torch.from_numpy(dbias)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+        y, mean, var = normalise(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> Any:
+        if dy is None:
+            return None, None, None, None
+        x, weight, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _compat.is_plain(dy) or dy.dtype is not x.dtype:
+            # torch's gradient has a gradient itself, and takes batches of dy.
+            wanted = [need and present for need, present in zip(ctx.needs_input_grad, (True, True, True), strict=False)]
+            rstd = (var + ctx.eps).rsqrt()
+            return *_stock_backward(dy, x, weight, None, None, mean, rstd, True, ctx.eps, wanted), None
+        dx, dweight, dbias = gradients(dy, x, weight, mean, var, ctx.eps)
+        return (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+            None,
+        )
+
+
+_stock_backward = torch.ops.aten.native_batch_norm_backward.default
+
+
+# ---- The function ----------------------------------------------------------------------------------------------------
+
+
+def takes(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any) -> bool:
+    """Whether a training call is one for the kernels: all plain and fitting, and more than one element per channel."""
+    if not (_compat.is_plain(x) and x.dtype in CODES and x.dim() >= 2 and x.numel() > x.shape[1]):
+        return False
+    dtypes = set()
+    for value in (running_mean, running_var, weight, bias):
+        if value is not None:
+            if not _compat.is_plain(value) or value.shape != x.shape[1:2]:
+                return False
+            dtypes.add(value.dtype)
+    if len(dtypes) > 1 or (running_mean is None) != (running_var is None):
+        return False
+    return all(dtype is x.dtype or (dtype is torch.float32 and x.dtype in _HALF) for dtype in dtypes)
+
+
+def update_running(running: Tensor, value: Tensor, momentum: float) -> None:
+    running.detach().lerp_(value.to(running.dtype), momentum)
+
+
+def unbiased(var: Tensor, x: Tensor) -> Tensor:
+    count = x.numel() // x.shape[1]
+    return var * (count / (count - 1))
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise each channel, the second dim: ``torch.nn.functional.batch_norm``.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, ...)
+        Dense tensors of float32, float64, float16 or bfloat16 in the memory of the CPU go to pyreg's kernels in eager
+        training; what is compiled, transformed by ``torch.func`` or evaluated goes to torch's function.
+    running_mean, running_var : Tensor or None, shape (C,)
+        Take a step in training: ``(1 - momentum) * running + momentum * batch``, with the unbiased variance.
+    weight, bias : Tensor, optional, shape (C,)
+        By default 1 and 0.
+    training : bool
+        Whether statistics are those of the batch, or the running ones.
+    momentum : float
+        Weight of the batch in the running statistics.
+    eps : float
+        Added to the variance.
+
+    Returns
+    -------
+    Tensor
+        Shape, dtype and memory format as torch's function gives them.  Statistics are accurate also where the mean is
+        many standard deviations from zero.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        As torch's function.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    >>> pyreg.torch.batch_norm(x, None, None, training=True).round(decimals=3)
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+    """
+    if (
+        not training
+        or torch.compiler.is_compiling()
+        or _compat.functorch_is_active()
+        or _compat.dispatch_modes()
+        or _compat.forward_is_active()
+        or _compat.tracing_state() is not None
+        or not (type(momentum) in (float, int) and type(eps) is float and 0 <= eps < float("inf"))
+        or not takes(input, running_mean, running_var, weight, bias)
+    ):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y, mean, var = _BatchNorm.apply(input, weight, bias, eps)
+    if running_mean is not None and running_var is not None:
+        update_running(running_mean, mean, momentum)
+        update_running(running_var, unbiased(var, input), momentum)
+    return y

@@ -1,0 +1,233 @@
+"""``torch.nn.functional``'s functions, with pyreg's kernels; where there is nothing for them to do, torch's own."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from pyreg.torch._drop import draw_key, drop, drop_in_place, takes
+
+Tensor = torch.Tensor
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Set elements to zero at random and scale the others by ``1 / (1 - p)``: ``torch.nn.functional.dropout``.
+
+    Parameters
+    ----------
+    input : Tensor
+        Of any shape.  Dense tensors of float32, float64, float16 or bfloat16 in the memory of the CPU go to pyreg's
+        kernel, all others to torch's function.
+    p : float
+        Probability of dropping an element.
+    training : bool
+        If false, return ``input``.
+    inplace : bool
+        Write the result into ``input``.
+    generator : torch.Generator, optional
+        Where the key of the mask is drawn; by default torch's generator, which ``torch.manual_seed`` seeds.
+
+    Returns
+    -------
+    Tensor
+        Shape, dtype and strides as torch's function gives them.  Kept elements have torch's values bit for bit, and
+        dropped ones are +0, also where torch's multiplication gives NaN or -0.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1], or ``generator`` is given and torch's function would have to draw.
+
+    Notes
+    -----
+    One call draws one key, ``torch.randint(2**63 - 1, ())``, and nothing else.  The mask is that of
+    :func:`pyreg.dropout_mask` for the key: it does not depend on the number of threads, the memory layout or whether
+    the program is compiled, and no mask is kept for the backward pass.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> x = torch.ones(8)
+    >>> y = pyreg.torch.dropout(x, 0.5, generator=torch.Generator().manual_seed(0))
+    >>> key = torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(0)).item()
+    >>> bool((y.numpy() == pyreg.dropout(x.numpy(), 0.5, key=key)).all())
+    True
+    """
+    if training and takes(input, p):
+        return (drop_in_place if inplace else drop)(input, draw_key(generator), p, ())
+    if generator is not None and training and p not in (0, 1):
+        raise ValueError("generator is given, but the input is for torch's own dropout, which takes none")
+    return F.dropout(input, p, training, inplace)
+
+
+def _dropout_of_channels(
+    stock: Callable[..., Tensor], spatial: int, input: Tensor, p: float, training: bool, inplace: bool
+) -> Tensor:
+    if training and takes(input, p) and input.dim() == spatial + 2:
+        return (drop_in_place if inplace else drop)(input, draw_key(), p, tuple(range(2, spatial + 2)))
+    return stock(input, p, training, inplace)
+
+
+def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Drop whole channels: ``torch.nn.functional.dropout1d``.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, L)
+        An input of another number of dims goes to torch's function.
+    p, training, inplace
+        As in :func:`dropout`.
+
+    Returns
+    -------
+    Tensor
+        As :func:`dropout`, with the mask of ``pyreg.dropout_mask(input.shape, p, key=key, broadcast_dims=2)``.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.dropout1d(torch.ones(2, 3, 4), 0.5)
+    >>> y.flatten(2).std(2, correction=0).max()
+    tensor(0.)
+    """
+    return _dropout_of_channels(F.dropout1d, 1, input, p, training, inplace)
+
+
+def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Drop whole channels: ``torch.nn.functional.dropout2d``.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, H, W)
+        An input of another number of dims goes to torch's function.
+    p, training, inplace
+        As in :func:`dropout`.
+
+    Returns
+    -------
+    Tensor
+        As :func:`dropout`, with the mask of ``pyreg.dropout_mask(input.shape, p, key=key, broadcast_dims=(2, 3))``.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.dropout2d(torch.ones(2, 3, 4, 4), 0.5)
+    >>> y.flatten(2).std(2, correction=0).max()
+    tensor(0.)
+    """
+    return _dropout_of_channels(F.dropout2d, 2, input, p, training, inplace)
+
+
+def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Drop whole channels: ``torch.nn.functional.dropout3d``.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, D, H, W)
+        An input of another number of dims goes to torch's function.
+    p, training, inplace
+        As in :func:`dropout`.
+
+    Returns
+    -------
+    Tensor
+        As :func:`dropout`, with the mask of ``pyreg.dropout_mask(input.shape, p, key=key, broadcast_dims=(2, 3, 4))``.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.dropout3d(torch.ones(2, 3, 4, 4, 4), 0.5)
+    >>> y.flatten(2).std(2, correction=0).max()
+    tensor(0.)
+    """
+    return _dropout_of_channels(F.dropout3d, 3, input, p, training, inplace)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention with pyreg's dropout of the weights: ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Parameters
+    ----------
+    query, key, value : Tensor, shapes (..., L, E), (..., S, E) and (..., S, V)
+        Queries, keys and values.
+    attn_mask : Tensor, optional
+        Broadcasts to (..., L, S): bool, true where a key is attended to, or numbers that are added to the scores.
+    dropout_p : float
+        Probability of dropping a weight.  With 0 torch's function answers, whose fused kernels take no dropout.
+    is_causal : bool
+        Query i attends to keys 0 .. i.
+    scale : float, optional
+        Of the scores; by default ``1 / sqrt(E)``.
+    enable_gqa : bool
+        Whether each head of key and value serves several of query.
+
+    Returns
+    -------
+    Tensor, shape (..., L, V)
+        ``dropout(softmax(query @ key.T * scale + mask)) @ value``, as torch's own "math" path computes it.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        As torch's function.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> q = k = v = torch.ones(2, 4, 8)
+    >>> pyreg.torch.scaled_dot_product_attention(q, k, v, dropout_p=0.1).shape
+    torch.Size([2, 4, 8])
+    """
+    refused = attn_mask is not None and is_causal  # by torch, in its words
+    same = query.dtype == key.dtype == value.dtype and query.dim() == key.dim() == value.dim() >= 2
+    shared = query.size(-3) // key.size(-3) if enable_gqa and same and query.dim() > 2 and key.size(-3) else 1
+    if refused or not same or not takes(query, dropout_p):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, -3), value.repeat_interleave(shared, -3)
+    root = (query.size(-1) ** -0.5 if scale is None else scale) ** 0.5  # on both sides: half types overflow later
+    scores = (query * root) @ (key * root).transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
+        else:
+            scores = scores + attn_mask
+        weights = torch.ops.aten._safe_softmax.default(scores, -1)  # 0 for a query that attends to nothing
+    else:
+        weights = scores.softmax(-1)
+    return drop(weights, draw_key(), dropout_p, ()) @ value
