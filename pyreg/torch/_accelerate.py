@@ -10,7 +10,7 @@ import torch
 
 from pyreg import _arguments as arg
 from pyreg.torch import _batch_norm, _compat
-from pyreg.torch._drop import draw_key, drop, drop_in_place, takes
+from pyreg.torch._drop import drop
 
 Tensor = torch.Tensor
 _Key, _Keys = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -118,25 +118,23 @@ def _stock(name: str, key: _Key) -> Callable[..., Any]:
 
 
 def _install_dropout(library: Any) -> None:
-    for name, apply, of_channels in (
-        ("dropout", drop, False),
-        ("dropout_", drop_in_place, False),
-        ("feature_dropout", drop, True),
-        ("feature_dropout_", drop_in_place, True),
-    ):
-        kernels = [(key, _dropout_kernel(name, key, apply, of_channels)) for key in (_Key.AutogradCPU, _Key.CPU)]
-        for key, kernel in kernels:
+    keys = _Key.AutogradCPU, _Key.CPU
+    for name in ("dropout", "dropout_", "feature_dropout", "feature_dropout_"):
+        for key, kernel in [(key, _dropout_kernel(name, key)) for key in keys]:
             library.impl(name, kernel, key.name)
 
 
-def _dropout_kernel(name: str, key: _Key, apply: Callable[..., Tensor], of_channels: bool) -> Callable[..., Tensor]:
+def _dropout_kernel(name: str, key: Any) -> Callable[..., Tensor]:
     stock = _stock(f"aten::{name}", key)
+    of_channels, in_place = name.startswith("feature"), name.endswith("_")
 
     def kernel(x: Tensor, p: float, train: bool) -> Tensor:
         if not train:
             return x
-        if takes(x, p) and _is_eager(x) and (x.dim() > 2 or not of_channels):
-            return apply(x, draw_key(), p, tuple(range(2, x.dim())) if of_channels else ())
+        if _is_eager(x) and (x.dim() > 2 or not of_channels):
+            y = drop(x, p, tuple(range(2, x.dim())) if of_channels else (), in_place)
+            if y is not None:
+                return y
         return stock(x, p, train)  # type: ignore[no-any-return]
 
     return kernel

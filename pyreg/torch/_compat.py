@@ -10,33 +10,35 @@ functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
-def _keys(x: Any) -> int:
-    return torch._C._dispatch_keys(x).raw_repr()
 
-
-with torch.inference_mode():
-    _INFERENCE = torch.empty(0, device="cpu")
-# The dispatch keys of ordinary dense tensors of CPUs.  Others, with a type that looks the same, are: sparse, nested,
-# quantized, batched by vmap, wrapped by torch.func, or negated when they are read.
-_PLAIN_KEYS = {_keys(torch.empty(0, device="cpu")), _keys(_INFERENCE)}
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+def is_fake(x: Any) -> bool:
+    """Whether x has a shape and no elements."""
+    return type(x) is FakeTensor
 
 
 def is_plain(x: Any) -> bool:
-    """Whether x is memory that a kernel can read and write, and nothing else."""
-    return type(x) in _PLAIN_TYPES and _keys(x) in _PLAIN_KEYS
+    """Whether x is memory that a kernel can read and write, and nothing else, outside of torch.func."""
+    return (
+        type(x) in PLAIN_TYPES
+        and x.layout is torch.strided
+        and x.is_cpu
+        and not (x.is_neg() or x.is_nested or x._is_zerotensor() or is_batched(x))
+    )
 
 
-def is_known(x: Any) -> bool:
-    """Whether x is a tensor of torch itself, and not of a subclass that expects torch's own operations."""
-    return type(x) in _PLAIN_TYPES or type(x) is FakeTensor
-
-
-def needs_derivative(x: Any) -> bool:
-    return (x.requires_grad and torch.is_grad_enabled()) or forward_is_active()
+def saved_tensors_are_hooked() -> bool:
+    """Whether what autograd saves goes through hooks: those of a checkpoint may make it again, as something else."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def forward_is_active() -> bool:
     """Whether tensors may carry tangents (torch.autograd.forward_ad)."""
     return forward_ad._current_level >= 0
+
+
+def fast_apply(function: type[torch.autograd.Function]) -> Any:
+    """``function.apply`` outside of torch.func, without the questions that it asks in Python each time."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

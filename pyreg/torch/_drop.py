@@ -1,11 +1,13 @@
-"""Dropout of a tensor by a drawn key, in whatever mode torch is: the mask is philox's, of the key.
+"""Dropout of a tensor in whatever mode torch is; the mask is philox's, of a key that torch's generator draws.
 
 Three routes lead to one kernel.  An autograd function in eager code is the fast one; one that torch.func can transform
-costs four times as much; and what records operations or compiles them sees the operator ``pyreg::dropout``.  The key
-is a tensor, so that whatever saves, moves or makes again what autograd saves does so with the key.
+costs several times as much; and what records operations or compiles them sees the operator ``pyreg::dropout``.
+
+Eager code keeps a key as an int.  Where others save, move or make again what autograd saves, it is a tensor.
 """
 
 import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,19 +18,51 @@ from pyreg import _core
 from pyreg.torch import _compat
 
 Tensor = torch.Tensor
+Key = int | Tensor
 
 CODES = {torch.float32: _core.F32, torch.float64: _core.F64, torch.float16: _core.F16, torch.bfloat16: _core.BF16}
 _CPU = torch.device("cpu")
-_KEYS = 2**63 - 1  # torch.randint draws below it
-_ONE_DIM = (1,)
 
 
-def draw_key(generator: torch.Generator | None = None) -> Tensor:
-    """A key for philox: an int64 tensor without dims, one draw of torch's generator."""
+# ---- Keys ------------------------------------------------------------------------------------------------------------
+
+_KEYS = 2**63 - 1  # they are drawn below it
+
+
+class _Room(threading.local):
+    """Where this thread draws: a new tensor for each key would take longer than all of a small call."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.key = torch.empty((), dtype=torch.int64, device=_CPU)
+        self.seen = self.key.numpy()
+
+
+_room = _Room()
+
+
+def _draw(generator: torch.Generator | None) -> int:
+    """The key that ``_draw_tensor`` would draw."""
+    _room.key.random_(_KEYS) if generator is None else _room.key.random_(_KEYS, generator=generator)
+    return _room.seen.item()  # type: ignore[no-any-return]
+
+
+def _draw_tensor(generator: torch.Generator | None) -> Tensor:
     return torch.randint(_KEYS, (), generator=generator, device=_CPU)
 
 
+def _as_tensor(key: Key) -> Tensor:
+    return torch.tensor(key, device=_CPU) if isinstance(key, int) else key
+
+
+def _as_int(key: Key) -> int:
+    return key if isinstance(key, int) else int(key.item())
+
+
 # ---- The kernel ------------------------------------------------------------------------------------------------------
+
+_ONE_DIM = (1,)
+_SERIAL = 8192  # so few elements are never shared by threads
 
 
 @functools.lru_cache(maxsize=256)
@@ -45,30 +79,20 @@ def _scale(code: int, p: float) -> float:
     return float(single)
 
 
-def _fill(y: Tensor, x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-    """y = dropout(x), both plain."""
-    code = CODES[x.dtype]
-    shape, x_strides, y_strides, strides = (x.numel(),), _ONE_DIM, _ONE_DIM, None
+def _fill(y: Tensor, x: Tensor, key: int, p: float, shared: tuple[int, ...]) -> Tensor:
+    """y = dropout(x), both ordinary tensors."""
+    code, n = CODES[x.dtype], x.numel()
+    shape, x_strides, y_strides, mask_strides = (n,), _ONE_DIM, _ONE_DIM, None
     if shared or not (x.is_contiguous() and y.is_contiguous()):
         shape, x_strides, y_strides = x.shape, x.stride(), y.stride()
-        strides = arg.as_mask_strides(shape, shared) if shared else None
-    _core.dropout_at(
-        code,
-        x.data_ptr(),
-        y.data_ptr(),
-        shape,
-        x_strides,
-        y_strides,
-        key.item(),
-        p,
-        _scale(code, p),
-        strides,
-        torch.get_num_threads(),
-    )
+        mask_strides = arg.as_mask_strides(shape, shared) if shared else None
+    threads = torch.get_num_threads() if n > _SERIAL else 1
+    x_at, y_at, scale = x.data_ptr(), y.data_ptr(), _scale(code, p)
+    _core.dropout_at(code, x_at, y_at, shape, x_strides, y_strides, key, p, scale, mask_strides, threads)
     return y
 
 
-def _dropped(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
+def _dropped(x: Tensor, key: int, p: float, shared: tuple[int, ...]) -> Tensor:
     return _fill(torch.empty_like(x), x, key, p, shared)
 
 
@@ -79,43 +103,48 @@ class _Dropout(torch.autograd.Function):
     """Without ``setup_context``, which would make it several times slower."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-        _save(ctx, key, p, shared)
-        return _dropped(x, key, p, shared)
+    def forward(ctx: Any, x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
+        _keep(ctx, key, p, shared)
+        return _dropped(x, _as_int(key), p, shared)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return drop(dy, *ctx.saved_tensors, ctx.p, ctx.shared), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
-        return drop(dx, *ctx.saved_tensors, ctx.p, ctx.shared)
+        key = ctx.saved_tensors[0] if ctx.key is None else ctx.key
+        return _drop_again(dy, key, ctx.p, ctx.shared), None, None, None
 
 
 class _DropoutInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-        _save(ctx, key, p, shared)
+    def forward(ctx: Any, x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
+        _keep(ctx, key, p, shared)
         ctx.mark_dirty(x)
-        return _fill(x, x, key, p, shared)
+        return _fill(x, x, _as_int(key), p, shared)
 
     backward = _Dropout.backward
 
 
-def _save(ctx: Any, key: Tensor, p: float, shared: tuple[int, ...]) -> None:
-    ctx.save_for_backward(key)
-    if _compat.forward_is_active():
-        ctx.save_for_forward(key)
+def _keep(ctx: Any, key: Key, p: float, shared: tuple[int, ...]) -> None:
+    if type(key) is int and not _compat.saved_tensors_are_hooked():
+        ctx.key = key
+    else:
+        ctx.key = None
+        ctx.save_for_backward(_as_tensor(key))
     ctx.p, ctx.shared = p, shared
 
 
-# ---- torch.func ------------------------------------------------------------------------------------------------------
+_dropout = _compat.fast_apply(_Dropout)
+_dropout_in_place = _compat.fast_apply(_DropoutInPlace)
+
+
+# ---- torch.func and forward mode -------------------------------------------------------------------------------------
 
 
 class _Transformable(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-        return _dropped(x, key, p, shared)
+        if _route(x, p) is _EAGER:
+            return _dropped(x, _as_int(key), p, shared)
+        return torch.ops.pyreg.dropout.default(x, key, p, shared)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -123,8 +152,15 @@ class _Transformable(torch.autograd.Function):
         ctx.save_for_backward(key)
         ctx.save_for_forward(key)
 
-    backward = _Dropout.backward
-    jvp = _Dropout.jvp
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (key,) = ctx.saved_tensors
+        return _drop_again(dy, key, ctx.p, ctx.shared), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        (key,) = ctx.saved_tensors
+        return _drop_again(dx, key, ctx.p, ctx.shared)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Any:
@@ -135,15 +171,16 @@ def _drop_batch(size: int, in_dims: Any, x: Tensor, key: Tensor, p: float, share
     """Dropout of each element of a batch, by one key for all or by one for each; and the dim of the batch."""
     x = x.expand(size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
     if in_dims[1] is None:
-        return drop(x, key, p, (0, *(1 + d % (x.dim() - 1) for d in shared))), 0
-    return torch.stack([drop(a, k, p, tuple(shared)) for a, k in zip(x, key.movedim(in_dims[1], 0), strict=True)]), 0
+        return _drop_again(x, key, p, (0, *(1 + d % (x.dim() - 1) for d in shared))), 0
+    keys = key.movedim(in_dims[1], 0)
+    return torch.stack([_drop_again(a, k, p, tuple(shared)) for a, k in zip(x, keys, strict=True)]), 0
 
 
 # ---- torch.compile, torch.export, dispatch modes ---------------------------------------------------------------------
 
 
 def _operator(x: Tensor, key: Tensor, p: float, shared: Any) -> Tensor:
-    return _dropped(x, key, p, tuple(shared))
+    return _dropped(x, _as_int(key), p, tuple(shared)) if x.numel() else torch.empty_like(x)
 
 
 _schema = "(Tensor x, Tensor key, float p, int[] shared) -> Tensor"
@@ -174,42 +211,62 @@ def _(info: Any, in_dims: Any, x: Tensor, key: Tensor, p: float, shared: Any) ->
 
 # ---- The choice ------------------------------------------------------------------------------------------------------
 
-
-def drop(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-    """Dropout with probability p in (0, 1) of a tensor that ``takes`` allows; dims in ``shared`` share the mask."""
-    if torch.compiler.is_compiling():
-        return torch.ops.pyreg.dropout.default(x, key, p, shared)
-    if _compat.functorch_is_active():
-        return _Transformable.apply(x, key, p, shared)
-    if _compat.dispatch_modes() or not _compat.is_plain(x):
-        return torch.ops.pyreg.dropout.default(x, key, p, shared)
-    if _compat.needs_derivative(x):
-        return _Dropout.apply(x, key, p, shared)
-    return _dropped(x, key, p, shared)
+_STOCK, _EAGER, _TRACED = range(3)
 
 
-def drop_in_place(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-    direct = not (torch.compiler.is_compiling() or _compat.functorch_is_active() or _compat.dispatch_modes())
-    # A tensor whose elements share memory, or a leaf that wants a gradient, is refused by copy_, in torch's words.
-    if direct and _compat.is_plain(x) and x.is_contiguous() and not _compat.forward_is_active():
-        if not _compat.needs_derivative(x):
-            _fill(x, x, key, p, shared)
-            torch.autograd.graph.increment_version(x)
-            return x
-        if not x.is_leaf:
-            return _DropoutInPlace.apply(x, key, p, shared)
-    return x.copy_(drop(x, key, p, shared))
+def _route(x: Any, p: Any) -> int:
+    """Who answers: torch, if there is no mask to draw or the kernel does not know such an input; or which of us."""
+    if type(p) is not float or not 0.0 < p < 1.0:
+        return _STOCK
+    compiled = torch.compiler.is_compiling()
+    if not compiled:
+        if type(x) not in _compat.PLAIN_TYPES and not _compat.is_fake(x):
+            return _STOCK  # also subclasses, which know torch's own operations
+        if _compat.tracing_state() is not None:
+            return _STOCK
+    if not x.is_cpu or x.dtype not in CODES or x.layout is not torch.strided or x.is_nested or not x.numel():
+        return _STOCK
+    if compiled or _compat.functorch_is_active() or _compat.forward_is_active() or _compat.dispatch_modes():
+        return _TRACED
+    return _TRACED if x.is_neg() or x._is_zerotensor() or _compat.is_batched(x) else _EAGER
 
 
-def takes(x: Any, p: Any) -> bool:
-    """Whether there is a mask to draw, for elements of a type and in a memory that the kernel knows."""
-    return (
-        type(p) is float
-        and 0.0 < p < 1.0
-        and (torch.compiler.is_compiling() or (_compat.is_known(x) and _compat.tracing_state() is None))
-        and x.is_cpu
-        and x.dtype in CODES
-        and x.layout is torch.strided
-        and not x.is_nested
-        and x.numel() > 0
-    )
+def _drop_now(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return _dropout(x, key, p, shared)  # type: ignore[no-any-return]
+    return _dropped(x, _as_int(key), p, shared)
+
+
+def _drop_traced(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
+    if not torch.compiler.is_compiling() and (_compat.functorch_is_active() or _compat.forward_is_active()):
+        return _Transformable.apply(x, key, p, shared)  # type: ignore[no-any-return]
+    return torch.ops.pyreg.dropout.default(x, key, p, shared)  # type: ignore[no-any-return]
+
+
+def _drop_again(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
+    """Dropout by a known key."""
+    if _route(x, p) is _EAGER:
+        return _drop_now(x, key, p, shared)
+    return _drop_traced(x, _as_tensor(key), p, shared)
+
+
+def drop(
+    x: Any, p: Any, shared: tuple[int, ...] = (), in_place: bool = False, generator: torch.Generator | None = None
+) -> Tensor | None:
+    """Dropout in training; None where it is for torch's own function.  Dims in ``shared`` share the mask."""
+    route = _route(x, p)
+    if route is _STOCK:
+        return None
+    if route is _EAGER:
+        if not in_place:
+            return _drop_now(x, _draw(generator), p, shared)
+        if x.is_contiguous():
+            if not (x.requires_grad and torch.is_grad_enabled()):
+                _fill(x, x, _draw(generator), p, shared)
+                torch.autograd.graph.increment_version(x)
+                return x  # type: ignore[no-any-return]
+            if not x.is_leaf:
+                return _dropout_in_place(x, _draw(generator), p, shared)  # type: ignore[no-any-return]
+    y = _drop_traced(x, _draw_tensor(generator), p, shared)
+    # copy_ refuses a leaf that wants a gradient, and elements that share memory, in torch's words.
+    return x.copy_(y) if in_place else y  # type: ignore[no-any-return]

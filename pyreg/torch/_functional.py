@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pyreg.torch._drop import draw_key, drop, drop_in_place, takes
+from pyreg.torch._drop import drop
 
 Tensor = torch.Tensor
 
@@ -60,8 +60,8 @@ def dropout(
     >>> bool((y.numpy() == pyreg.dropout(x.numpy(), 0.5, key=key)).all())
     True
     """
-    if training and takes(input, p):
-        return (drop_in_place if inplace else drop)(input, draw_key(generator), p, ())
+    if training and (y := drop(input, p, (), inplace, generator)) is not None:
+        return y
     if generator is not None and training and p not in (0, 1):
         raise ValueError("generator is given, but the input is for torch's own dropout, which takes none")
     return F.dropout(input, p, training, inplace)
@@ -70,8 +70,10 @@ def dropout(
 def _dropout_of_channels(
     stock: Callable[..., Tensor], spatial: int, input: Tensor, p: float, training: bool, inplace: bool
 ) -> Tensor:
-    if training and takes(input, p) and input.dim() == spatial + 2:
-        return (drop_in_place if inplace else drop)(input, draw_key(), p, tuple(range(2, spatial + 2)))
+    if training and isinstance(input, Tensor) and input.dim() == spatial + 2:
+        y = drop(input, p, tuple(range(2, spatial + 2)), inplace)
+        if y is not None:
+            return y
     return stock(input, p, training, inplace)
 
 
@@ -210,14 +212,13 @@ def scaled_dot_product_attention(
     torch.Size([2, 4, 8])
     """
     refused = attn_mask is not None and is_causal  # by torch, in its words
-    same = query.dtype == key.dtype == value.dtype and query.dim() == key.dim() == value.dim() >= 2
-    shared = query.size(-3) // key.size(-3) if enable_gqa and same and query.dim() > 2 and key.size(-3) else 1
-    if refused or not same or not takes(query, dropout_p):
+    if dropout_p == 0 or refused or not query.dtype == key.dtype == value.dtype:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if shared > 1:
-        key, value = key.repeat_interleave(shared, -3), value.repeat_interleave(shared, -3)
+    if enable_gqa:
+        heads = query.size(-3)
+        key, value = (a.repeat_interleave(heads // a.size(-3), -3) for a in (key, value))
     root = (query.size(-1) ** -0.5 if scale is None else scale) ** 0.5  # on both sides: half types overflow later
     scores = (query * root) @ (key * root).transpose(-2, -1)
     if is_causal:
@@ -230,4 +231,4 @@ def scaled_dot_product_attention(
         weights = torch.ops.aten._safe_softmax.default(scores, -1)  # 0 for a query that attends to nothing
     else:
         weights = scores.softmax(-1)
-    return drop(weights, draw_key(), dropout_p, ()) @ value
+    return dropout(weights, dropout_p) @ value
