@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -11,13 +12,19 @@ sys.path = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "bench
 
 COMMANDS = {
     "compare": "ops against NumPy, PyTorch, Flax and oneDNN",
-    "train_step": "a training step with Flax's dropout, with pyreg's, and without",
+    "train_step": "a training step with the framework's dropout, with pyreg's, and without; --framework torch",
     "accuracy": "how right batch statistics are, beside PyTorch's and Flax's",
     "roofline": "bandwidth of each cache level, and how far each kernel is from it",
     "scaling": "one op over threads and sizes; with a busy neighbour; where threads pay",
     "plan": "what the figures of this machine predict for larger ones",
     "report": "run all of these and write the figures into the documentation",
 }
+
+
+def module_of(command, arguments):
+    """A training step in PyTorch is a module of its own, which needs no JAX."""
+    for_torch = "--framework=torch" in arguments or ("--framework", "torch") in itertools.pairwise(arguments)
+    return f"{command}_torch" if for_torch else command
 
 
 def main(arguments=None):
@@ -29,7 +36,7 @@ def main(arguments=None):
         if name not in arguments[:1]:
             continue  # its imports take seconds, or fail
         try:
-            module = importlib.import_module(f"bench.{name}")
+            module = importlib.import_module(f"bench.{module_of(name, arguments)}")
         except ImportError as missing:
             raise SystemExit(f"{name} cannot run: {missing}.  ./run bench {name} installs what it needs") from None
         command.description = module.__doc__

@@ -62,6 +62,20 @@ def interleave(contenders, args, pairs=()):
     return {name: np.array(s) for name, s in samples.items()}
 
 
+def samples_of(contenders, args):
+    """The same for contenders that take their time themselves: calls that return seconds."""
+    samples = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    start = time.perf_counter()
+    for done in range(args.rounds):
+        if done >= min(args.rounds, LEAST_ROUNDS) and time.perf_counter() - start > args.seconds:
+            break
+        for name, call in contenders.items():
+            samples[name].append(call())
+    return {name: np.array(s) for name, s in samples.items()}
+
+
 def ratio(samples, a, b):
     return np.array(samples[a]) / np.array(samples[b])
 

@@ -22,10 +22,11 @@ def blocks(page, language):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=lambda page: page.name)
 def test_python_blocks_run(page, threads):
-    """The blocks of a page are one program.  Without Flax it goes without those that mention JAX or Flax."""
+    """The blocks of a page are one program.  It goes without those that mention a framework that is not there."""
     names, left_out = {"__name__": page.stem}, 0
+    missing = [r"\b(jax|flax|nnx|linen)\b"] * (not find_spec("flax")) + [r"\btorch\b"] * (not find_spec("torch"))
     for line, code in blocks(page, "python"):
-        if re.search(r"\b(jax|flax|nnx|linen)\b", code) and not find_spec("flax"):
+        if any(re.search(names_of_it, code) for names_of_it in missing):
             left_out += 1
             continue
         with warnings.catch_warnings():
@@ -33,7 +34,7 @@ def test_python_blocks_run(page, threads):
                 warnings.simplefilter("ignore")  # of other packages, while they are imported
             exec(compile("\n" * line + code, page, "exec"), names)
     if left_out:
-        pytest.skip(f"{left_out} blocks want Flax")
+        pytest.skip(f"{left_out} blocks want a framework that is not installed")
 
 
 @pytest.mark.slow  # it compiles the library

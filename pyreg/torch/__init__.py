@@ -17,3 +17,5 @@ from pyreg.torch._modules import Dropout2d as Dropout2d
 from pyreg.torch._modules import Dropout3d as Dropout3d
 from pyreg.torch._modules import convert as convert
 from pyreg.torch._modules import revert as revert
+from pyreg.torch._transformers import attention_forward as attention_forward
+from pyreg.torch._transformers import register_attention as register_attention

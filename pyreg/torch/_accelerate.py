@@ -4,7 +4,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 
@@ -12,7 +12,7 @@ from pyreg import _arguments as arg
 from pyreg.torch import _batch_norm, _compat
 from pyreg.torch._drop import drop
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 _Key, _Keys = torch._C.DispatchKey, torch._C.DispatchKeySet
 
 _lock = threading.Lock()
@@ -107,7 +107,7 @@ def _is_eager(x: Any) -> bool:
     )
 
 
-def _stock(name: str, key: _Key) -> Callable[..., Any]:
+def _stock(name: str, key: Any) -> Callable[..., Any]:
     """Torch's own kernel; to be asked for before another is registered."""
     kernel = torch.library.get_kernel(name, key.name)
     keys = _Keys(_Key.CPU) if key == _Key.CPU else _Keys(key) | _Keys(_Key.CPU)
@@ -135,7 +135,7 @@ def _dropout_kernel(name: str, key: Any) -> Callable[..., Tensor]:
             y = drop(x, p, tuple(range(2, x.dim())) if of_channels else (), in_place)
             if y is not None:
                 return y
-        return stock(x, p, train)  # type: ignore[no-any-return]
+        return stock(x, p, train)
 
     return kernel
 

@@ -1,6 +1,6 @@
 """Batch-norm of dense tensors in eager training; all else is for torch's own."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from pyreg import _core
 from pyreg.torch import _compat
 from pyreg.torch._drop import CODES
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -41,4 +41,4 @@ def forward_is_active() -> bool:
 
 def fast_apply(function: type[torch.autograd.Function]) -> Any:
     """``function.apply`` outside of torch.func, without the questions that it asks in Python each time."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply

@@ -8,7 +8,7 @@ Eager code keeps a key as an int.  Where others save, move or make again what au
 
 import functools
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from pyreg import _arguments as arg
 from pyreg import _core
 from pyreg.torch import _compat
 
-Tensor = torch.Tensor
-Key = int | Tensor
+Tensor: TypeAlias = torch.Tensor
+Key: TypeAlias = int | Tensor
 
 CODES = {torch.float32: _core.F32, torch.float64: _core.F64, torch.float16: _core.F16, torch.bfloat16: _core.BF16}
 _CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ _room = _Room()
 def _draw(generator: torch.Generator | None) -> int:
     """The key that ``_draw_tensor`` would draw."""
     _room.key.random_(_KEYS) if generator is None else _room.key.random_(_KEYS, generator=generator)
-    return _room.seen.item()  # type: ignore[no-any-return]
+    return _room.seen.item()
 
 
 def _draw_tensor(generator: torch.Generator | None) -> Tensor:
@@ -144,7 +144,7 @@ class _Transformable(torch.autograd.Function):
     def forward(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
         if _route(x, p) is _EAGER:
             return _dropped(x, _as_int(key), p, shared)
-        return torch.ops.pyreg.dropout.default(x, key, p, shared)  # type: ignore[no-any-return]
+        return torch.ops.pyreg.dropout.default(x, key, p, shared)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -233,14 +233,14 @@ def _route(x: Any, p: Any) -> int:
 
 def _drop_now(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
-        return _dropout(x, key, p, shared)  # type: ignore[no-any-return]
+        return _dropout(x, key, p, shared)
     return _dropped(x, _as_int(key), p, shared)
 
 
 def _drop_traced(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
     if not torch.compiler.is_compiling() and (_compat.functorch_is_active() or _compat.forward_is_active()):
-        return _Transformable.apply(x, key, p, shared)  # type: ignore[no-any-return]
-    return torch.ops.pyreg.dropout.default(x, key, p, shared)  # type: ignore[no-any-return]
+        return _Transformable.apply(x, key, p, shared)
+    return torch.ops.pyreg.dropout.default(x, key, p, shared)
 
 
 def _drop_again(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
@@ -264,9 +264,9 @@ def drop(
             if not (x.requires_grad and torch.is_grad_enabled()):
                 _fill(x, x, _draw(generator), p, shared)
                 torch.autograd.graph.increment_version(x)
-                return x  # type: ignore[no-any-return]
+                return x
             if not x.is_leaf:
-                return _dropout_in_place(x, _draw(generator), p, shared)  # type: ignore[no-any-return]
+                return _dropout_in_place(x, _draw(generator), p, shared)
     y = _drop_traced(x, _draw_tensor(generator), p, shared)
     # copy_ refuses a leaf that wants a gradient, and elements that share memory, in torch's words.
-    return x.copy_(y) if in_place else y  # type: ignore[no-any-return]
+    return x.copy_(y) if in_place else y

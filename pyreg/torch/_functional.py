@@ -1,13 +1,14 @@
 """``torch.nn.functional``'s functions, with pyreg's kernels; where there is nothing for them to do, torch's own."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from pyreg.torch._drop import drop
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 
 
 def dropout(
@@ -70,7 +71,7 @@ def dropout(
 def _dropout_of_channels(
     stock: Callable[..., Tensor], spatial: int, input: Tensor, p: float, training: bool, inplace: bool
 ) -> Tensor:
-    if training and isinstance(input, Tensor) and input.dim() == spatial + 2:
+    if training and isinstance(input, torch.Tensor) and input.dim() == spatial + 2:
         y = drop(input, p, tuple(range(2, spatial + 2)), inplace)
         if y is not None:
             return y
