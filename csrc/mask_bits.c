@@ -55,6 +55,15 @@ void mask_span_init(struct mask_span *span, const struct mask_source *source) {
     span->first = span->bits = 0;
 }
 
+/* Groups are counted as indices are, modulo 2^64. */
+static void make_groups(const struct mask_source *source, uint64_t group, size_t n, uint32_t *keep) {
+    const uint64_t groups = UINT64_MAX / 32 + 1;
+    group %= groups;
+    const size_t before_end = group + n <= groups ? n : (size_t)(groups - group);
+    source->make(&source->draw, group, before_end, keep);
+    if (before_end < n) source->make(&source->draw, 0, n - before_end, keep + before_end);
+}
+
 size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n) {
     uint64_t at = index - span->first; /* indices are modulo 2^64 */
     if (at < span->bits && at + n <= span->bits) return (size_t)at;
@@ -63,7 +72,7 @@ size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n) {
     size_t have = skip < span->bits ? span->bits - (size_t)skip : 0;
     if (have) memmove(span->keep, span->keep + skip / 32, have / 8);
     size_t want = divide_up((size_t)(index - first) + n, MASK_GROUP) * MASK_GROUP;
-    span->source->make(&span->source->draw, first / 32 + have / 32, (want - have) / 32, span->keep + have / 32);
+    make_groups(span->source, first / 32 + have / 32, (want - have) / 32, span->keep + have / 32);
     span->first = first;
     span->bits = want;
     return (size_t)(index - first);

@@ -84,7 +84,7 @@ struct pyreg_dropout {
     int ndim;
     const int64_t *shape;
     struct pyreg_mask mask;
-    double scale; /* that of pyreg_dropout_scale: values equal Flax's bit for bit; or 1, the form of the 2014 paper */
+    double scale; /* that of pyreg_dropout_scale: values equal Flax's bit for bit; 1: the form of the 2014 paper */
     struct pyreg_array x, y;
     const int64_t *mask_strides; /* in elements: that at (j0, j1, ...) has index offset + sum j_d * mask_strides[d]; 0
                                   * where the mask is broadcast; those of a larger array's shape where x is a part of

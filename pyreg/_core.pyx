@@ -203,12 +203,21 @@ cdef pyreg_mask make_mask(int generator, uint64_t key, double rate, uint64_t off
                       offset=offset)
 
 
+cdef int set_ints(object ints, int n, int64_t unit, int64_t *out) except -1:
+    """A tuple of n ints, in units, for C; torch.Size is one, too."""
+    cdef int d
+    if not isinstance(ints, tuple) or len(<tuple>ints) != n:
+        raise ValueError(f"{ints!r} is not a tuple of {n} ints")
+    for d in range(n):
+        out[d] = unit * <int64_t>(<tuple>ints)[d]
+    return 0
+
+
 def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int generator, uint64_t key, double rate,
             uint64_t offset, bint scaled, mask_strides, scale=None):
     """y = dropout(x).  scale: of kept elements; None for that of the rate if scaled, else 1.
     mask_strides: a tuple of x.ndim ints, or None for C order."""
     cdef int64_t[PYREG_MAX_DIMS] strides
-    cdef int d
     cdef pyreg_status status
     cdef dropout_arguments args = dropout_arguments(
         dtype=<pyreg_dtype>dtype, ndim=cnp.PyArray_NDIM(x), shape=<const int64_t *>cnp.PyArray_DIMS(x),
@@ -218,23 +227,12 @@ def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int gener
     elif scaled:
         args.scale = pyreg_dropout_scale(args.dtype, rate)
     if mask_strides is not None:
-        for d in range(args.ndim):
-            strides[d] = mask_strides[d]
-        args.mask_strides = strides
+        set_ints(mask_strides, args.ndim, 1, strides)
+        args.mask_strides = &strides[0]
     use_asked_threads()
     with nogil:
         status = pyreg_dropout(&args)
     check(status)
-
-
-cdef int set_ints(object ints, int n, int64_t unit, int64_t *out) except -1:
-    """A tuple of n ints, in units, for C; torch.Size is one, too."""
-    cdef int d
-    if not isinstance(ints, tuple) or len(<tuple>ints) != n:
-        raise ValueError(f"{ints!r} is not a tuple of {n} ints")
-    for d in range(n):
-        out[d] = unit * <int64_t>(<tuple>ints)[d]
-    return 0
 
 
 def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint64_t key, double rate, double scale,

@@ -87,9 +87,12 @@ def _apply(
 ) -> Array:
     x, code = arg.as_input(x, name)
     rate, generator = arg.as_rate(rate), arg.as_generator(impl)
-    strides = None if broadcast_dims is arg.NO_DIMS else arg.as_mask_strides(x.shape, broadcast_dims)
+    size, strides = x.size, None
+    if broadcast_dims is not arg.NO_DIMS:
+        lengths = arg.mask_shape(x.shape, broadcast_dims)
+        size, strides = math.prod(lengths), arg.mask_strides(x.shape, lengths)
     if offset is not _NO_OFFSET:
-        offset = arg.as_offset(offset, x.size)
+        offset = arg.as_offset(offset, size)
     if key is not None:
         if rng is not None:
             raise TypeError("both key and rng are given; wanted one of them")

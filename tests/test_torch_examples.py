@@ -2,7 +2,6 @@
 
 import argparse
 import doctest
-import importlib
 
 import pytest
 from common import example
@@ -11,11 +10,10 @@ from torchcommon import torch as torch
 import pyreg.torch
 
 
-@pytest.mark.parametrize("module", ["_functional", "_batch_norm", "_modules", "_accelerate", "_transformers"])
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(importlib.import_module(f"pyreg.torch.{module}"))
+def test_examples_in_docstrings():
+    result = doctest.testmod(pyreg.torch)
     assert result.failed == 0
-    assert result.attempted > 0
+    assert result.attempted > 10
 
 
 def test_public_names_have_docs():

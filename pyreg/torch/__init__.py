@@ -19,3 +19,7 @@ from pyreg.torch._modules import convert as convert
 from pyreg.torch._modules import revert as revert
 from pyreg.torch._transformers import attention_forward as attention_forward
 from pyreg.torch._transformers import register_attention as register_attention
+
+for _thing in list(globals().values()):
+    if getattr(_thing, "__module__", "").startswith(f"{__name__}._"):
+        _thing.__module__ = __name__  # as users and pickles know it

@@ -102,9 +102,7 @@ def accelerate(*, dropout: bool = True, batch_norm: bool = False) -> Accelerated
 
 
 def _is_eager(x: Any) -> bool:
-    return not (torch.compiler.is_compiling() or _compat.dispatch_modes() or _compat.functorch_is_active()) and (
-        _compat.is_plain(x)
-    )
+    return not torch.compiler.is_compiling() and not _compat.is_transformed() and _compat.is_plain(x)
 
 
 def _stock(name: str, key: Any) -> Callable[..., Any]:
@@ -158,13 +156,16 @@ def _install_batch_norm(library: Any) -> None:
         eps: float,
     ) -> Any:
         statistics = running_mean, running_var
-        if not (training and _is_eager(x) and _batch_norm.takes(x, *statistics, weight, bias)):
+        if not (training and eps > 0 and _is_eager(x) and _batch_norm.takes(x, *statistics, weight, bias)):
             return stock(x, weight, bias, *statistics, training, momentum, eps)
         y, mean, var = _batch_norm.normalise(x, weight, bias, eps)
         if running_mean is not None and running_var is not None:
             _batch_norm.update_running(running_mean, mean, momentum)
             _batch_norm.update_running(running_var, _batch_norm.unbiased(var, x), momentum)
-        return y, mean, (var + eps).rsqrt_()
+        # What is kept for the backward pass has the dtype of the parameters, as torch has it.
+        others = [value for value in (weight, bias, *statistics) if value is not None]
+        dtype = others[0].dtype if others else x.dtype
+        return y, mean.to(dtype), (var + eps).rsqrt_().to(dtype)
 
     def backward(
         dy: Tensor,
@@ -179,7 +180,7 @@ def _install_batch_norm(library: Any) -> None:
         wanted: list[bool],
     ) -> Any:
         ours = train and _is_eager(x) and _is_eager(dy) and dy.dtype is x.dtype
-        if mean is None or rstd is None or not (ours and _batch_norm.takes(x, None, None, weight, None)):
+        if mean is None or rstd is None or eps <= 0 or not (ours and _batch_norm.takes(x, None, None, weight, None)):
             return stock_backward(dy, x, weight, running_mean, running_var, mean, rstd, train, eps, wanted)
         # What torch keeps is 1 / sqrt(var + eps); the kernel adds its epsilon, here 0, to a variance.
         dx, dweight, dbias = _batch_norm.gradients(dy, x, weight, mean, rstd.double().pow(-2), 0.0)

@@ -1,5 +1,7 @@
 """Batch-norm of dense tensors in eager training; all else is for torch's own."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -37,25 +39,21 @@ def _new(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.preserve_format if keeps else torch.contiguous_format)
 
 
+@contextlib.contextmanager
+def _threads_of_torch() -> Iterator[None]:
+    before = _core.limit_threads(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        _core.limit_threads(before)
+
+
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and biased variance per channel, in float32 or float64."""
     y = _new(x)
-    before = _core.limit_threads(torch.get_num_threads())
-    try:
-        mean, var = _core.batch_norm(
-            CODES[x.dtype],
-            _array(x),
-            1,
-            eps,
-            False,
-            _values(weight, x),
-            _values(bias, x),
-            None,
-            None,
-            _array(y),
-        )
-    finally:
-        _core.limit_threads(before)
+    scale, shift = _values(weight, x), _values(bias, x)
+    with _threads_of_torch():
+        mean, var = _core.batch_norm(CODES[x.dtype], _array(x), 1, eps, False, scale, shift, None, None, _array(y))
     return y, torch.from_numpy(mean), torch.from_numpy(var)
 
 
@@ -64,8 +62,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x, weight and bias."""
     dx = _new(x)
-    before = _core.limit_threads(torch.get_num_threads())
-    try:
+    scale, mean_of_x, var_of_x = _values(weight, x), _values(mean, x), _values(var, x)
+    with _threads_of_torch():
         dweight, dbias = _core.batch_norm_backward(
             CODES[x.dtype],
             _array(dy),
@@ -73,16 +71,14 @@ def gradients(
             1,
             eps,
             False,
-            _values(weight, x),
+            scale,
             None,
             None,
-            _values(mean, x),
-            _values(var, x),
+            mean_of_x,
+            var_of_x,
             _array(dx),
             None,
         )
-    finally:
-        _core.limit_threads(before)
     return dx, torch.from_numpy(dweight), torch.from_numpy(dbias)
 
 
@@ -125,15 +121,15 @@ def takes(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any) -
     """Whether a training call is one for the kernels: all plain and fitting, and more than one element per channel."""
     if not (_compat.is_plain(x) and x.dtype in CODES and x.dim() >= 2 and x.numel() > x.shape[1]):
         return False
-    dtypes = set()
     for value in (running_mean, running_var, weight, bias):
-        if value is not None:
-            if not _compat.is_plain(value) or value.shape != x.shape[1:2]:
-                return False
-            dtypes.add(value.dtype)
-    if len(dtypes) > 1 or (running_mean is None) != (running_var is None):
-        return False
-    return all(dtype is x.dtype or (dtype is torch.float32 and x.dtype in _HALF) for dtype in dtypes)
+        if value is not None and not (_compat.is_plain(value) and value.shape == x.shape[1:2]):
+            return False
+    for running in (running_mean, running_var):  # those are written
+        if running is not None and (running.requires_grad or not running.is_contiguous() or running.is_inference()):
+            return False
+    dtypes = {value.dtype for value in (running_mean, running_var, weight, bias) if value is not None}
+    fit = all(dtype is x.dtype or (dtype is torch.float32 and x.dtype in _HALF) for dtype in dtypes)
+    return fit and len(dtypes) <= 1 and (running_mean is None) == (running_var is None)
 
 
 def update_running(running: Tensor, value: Tensor, momentum: float) -> None:
@@ -195,11 +191,9 @@ def batch_norm(
     if (
         not training
         or torch.compiler.is_compiling()
-        or _compat.functorch_is_active()
-        or _compat.dispatch_modes()
-        or _compat.forward_is_active()
+        or _compat.is_transformed()
         or _compat.tracing_state() is not None
-        or not (type(momentum) in (float, int) and type(eps) is float and 0 <= eps < float("inf"))
+        or not (isinstance(momentum, (float, int)) and isinstance(eps, float) and 0 < eps < float("inf"))
         or not takes(input, running_mean, running_var, weight, bias)
     ):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

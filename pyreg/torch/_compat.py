@@ -1,4 +1,8 @@
-"""Names of torch that are not public, each in one place: what a call goes through."""
+"""Names of torch that are not public, each in one place.
+
+All are there from torch 2.8 on.  Where one is gone, importing ``pyreg.torch`` fails: a call that no longer sees a mode
+of torch would be wrong in silence.
+"""
 
 from typing import Any
 
@@ -27,6 +31,11 @@ def is_plain(x: Any) -> bool:
         and x.is_cpu
         and not (x.is_neg() or x.is_nested or x._is_zerotensor() or is_batched(x))
     )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, forward mode or a dispatch mode looks at what is computed."""
+    return functorch_is_active() or forward_is_active() or dispatch_modes() > 0
 
 
 def saved_tensors_are_hooked() -> bool:

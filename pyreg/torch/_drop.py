@@ -216,7 +216,7 @@ _STOCK, _EAGER, _TRACED = range(3)
 
 def _route(x: Any, p: Any) -> int:
     """Who answers: torch, if there is no mask to draw or the kernel does not know such an input; or which of us."""
-    if type(p) is not float or not 0.0 < p < 1.0:
+    if not isinstance(p, float) or not 0.0 < p < 1.0:
         return _STOCK
     compiled = torch.compiler.is_compiling()
     if not compiled:
@@ -226,7 +226,7 @@ def _route(x: Any, p: Any) -> int:
             return _STOCK
     if not x.is_cpu or x.dtype not in CODES or x.layout is not torch.strided or x.is_nested or not x.numel():
         return _STOCK
-    if compiled or _compat.functorch_is_active() or _compat.forward_is_active() or _compat.dispatch_modes():
+    if compiled or _compat.is_transformed():
         return _TRACED
     return _TRACED if x.is_neg() or x._is_zerotensor() or _compat.is_batched(x) else _EAGER
 
@@ -260,7 +260,7 @@ def drop(
     if route is _EAGER:
         if not in_place:
             return _drop_now(x, _draw(generator), p, shared)
-        if x.is_contiguous():
+        if x.is_contiguous() and not x.is_inference():
             if not (x.requires_grad and torch.is_grad_enabled()):
                 _fill(x, x, _draw(generator), p, shared)
                 torch.autograd.graph.increment_version(x)

@@ -63,7 +63,7 @@ def dropout(
     """
     if training and (y := drop(input, p, (), inplace, generator)) is not None:
         return y
-    if generator is not None and training and p not in (0, 1):
+    if generator is not None and training and isinstance(input, torch.Tensor) and input.numel() and 0 < p < 1:
         raise ValueError("generator is given, but the input is for torch's own dropout, which takes none")
     return F.dropout(input, p, training, inplace)
 
@@ -212,24 +212,50 @@ def scaled_dot_product_attention(
     >>> pyreg.torch.scaled_dot_product_attention(q, k, v, dropout_p=0.1).shape
     torch.Size([2, 4, 8])
     """
-    refused = attn_mask is not None and is_causal  # by torch, in its words
-    if dropout_p == 0 or refused or not query.dtype == key.dtype == value.dtype:
+    if dropout_p == 0 or not _attends(query, key, value, attn_mask, is_causal, enable_gqa):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    dtype = query.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
     if enable_gqa:
-        heads = query.size(-3)
-        key, value = (a.repeat_interleave(heads // a.size(-3), -3) for a in (key, value))
-    root = (query.size(-1) ** -0.5 if scale is None else scale) ** 0.5  # on both sides: half types overflow later
-    scores = (query * root) @ (key * root).transpose(-2, -1)
+        shared = query.size(-3) // key.size(-3)
+        key, value = key.repeat_interleave(shared, -3), value.repeat_interleave(shared, -3)
+    factor = query.size(-1) ** -0.5 if scale is None else scale
+    root = abs(factor) ** 0.5  # on both sides, so that the products stay small
+    scores = (query * (root if factor > 0 else -root)) @ (key * root).transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
+    if attn_mask is None:
+        weights = scores.softmax(-1)
+    else:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
         else:
             scores = scores + attn_mask
         weights = torch.ops.aten._safe_softmax.default(scores, -1)  # 0 for a query that attends to nothing
+    return (dropout(weights, dropout_p) @ value).to(dtype)
+
+
+def _attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> bool:
+    """Whether the formula is meant as it stands; what it broadcasts or refuses otherwise is torch's to say."""
+    dims = query.dim()
+    if not (dims == key.dim() == value.dim() >= 3 and query.dtype == key.dtype == value.dtype):
+        return False
+    batch = query.shape[:-2]
+    if enable_gqa:
+        heads, shared = query.size(-3), key.size(-3)
+        if dims < 4 or shared == 0 or heads % shared or key.shape[:-2] != value.shape[:-2]:
+            return False
+        fits = key.shape[:-3] == batch[:-1]
     else:
-        weights = scores.softmax(-1)
-    return dropout(weights, dropout_p) @ value
+        fits = key.shape[:-2] == batch == value.shape[:-2]
+    if not fits or key.size(-1) != query.size(-1) or key.size(-2) != value.size(-2):
+        return False
+    if mask is None:
+        return True
+    if is_causal or mask.dim() > dims or mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return False
+    wanted = (*batch, query.size(-2), key.size(-2))
+    return all(m in (1, n) for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False))

@@ -16,7 +16,22 @@ Model = TypeVar("Model", bound=nn.Module)
 # TorchScript compiles the branch of is_scripting() alone.
 
 
-class Dropout(nn.Dropout):
+class _Leaf:
+    """A layer that torch.fx takes as a whole, as it does those of torch.nn; it asks the object for its module.
+
+    Else it would trace the layer into its function, with ``training`` as it is then.
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        layer = super().__new__(cls)
+        layer.__dict__["__module__"] = _LEAF
+        return layer
+
+
+_LEAF = "torch.nn.pyreg"
+
+
+class Dropout(_Leaf, nn.Dropout):
     """:class:`torch.nn.Dropout` by :func:`pyreg.torch.dropout`: the same parameters, attributes and state.
 
     Examples
@@ -32,7 +47,7 @@ class Dropout(nn.Dropout):
         return _functional.dropout(input, self.p, self.training, self.inplace)
 
 
-class Dropout1d(nn.Dropout1d):
+class Dropout1d(_Leaf, nn.Dropout1d):
     """:class:`torch.nn.Dropout1d` by :func:`pyreg.torch.dropout1d`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,7 +56,7 @@ class Dropout1d(nn.Dropout1d):
         return _functional.dropout1d(input, self.p, self.training, self.inplace)
 
 
-class Dropout2d(nn.Dropout2d):
+class Dropout2d(_Leaf, nn.Dropout2d):
     """:class:`torch.nn.Dropout2d` by :func:`pyreg.torch.dropout2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -50,7 +65,7 @@ class Dropout2d(nn.Dropout2d):
         return _functional.dropout2d(input, self.p, self.training, self.inplace)
 
 
-class Dropout3d(nn.Dropout3d):
+class Dropout3d(_Leaf, nn.Dropout3d):
     """:class:`torch.nn.Dropout3d` by :func:`pyreg.torch.dropout3d`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,28 +77,22 @@ class Dropout3d(nn.Dropout3d):
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What the three have in common: training by the kernels, and torch's own forward for everything else."""
+class _BatchNorm(_Leaf, nn.modules.batchnorm._BatchNorm):
+    """What the three have in common: training by the kernels, and torch's own function for everything else."""
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        running_mean, running_var = self.running_mean, self.running_var
-        from_batch = self.training or (running_mean is None and running_var is None)
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if self.momentum is None:  # a cumulative average
-                    momentum = 1.0 / float(self.num_batches_tracked)
-        elif self.training:
-            running_mean, running_var = None, None
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        from_batch = self.training or (self.running_mean is None and self.running_var is None)
+        counts = not self.training or self.track_running_stats
+        mean, var = self.running_mean if counts else None, self.running_var if counts else None
         if torch.jit.is_scripting():
-            return F.batch_norm(
-                input, running_mean, running_var, self.weight, self.bias, from_batch, momentum, self.eps
-            )
-        return _batch_norm.batch_norm(
-            input, running_mean, running_var, self.weight, self.bias, from_batch, momentum, self.eps
-        )
+            return F.batch_norm(input, mean, var, self.weight, self.bias, from_batch, momentum, self.eps)
+        return _batch_norm.batch_norm(input, mean, var, self.weight, self.bias, from_batch, momentum, self.eps)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -194,8 +203,8 @@ def _change(model: Model, classes: dict[Any, Any]) -> Model:
     for layer in model.modules():
         if new := classes.get(type(layer)):
             layer.__class__ = new
-            if new in _THEIRS:  # torch.fx looks here, and takes a layer of torch.nn as a whole
-                layer.__dict__["__module__"] = "torch.nn.pyreg"
+            if new in _THEIRS:
+                layer.__dict__["__module__"] = _LEAF
             else:
                 layer.__dict__.pop("__module__", None)
     return model
