@@ -62,10 +62,9 @@ def activate(y: Array, activation: Activation | None) -> Array:
     return jax.nn.relu(y) if as_relu(activation) else y
 
 
-def normalises(x: Any, axis: Any, mask: Any) -> bool:
-    """Whether pyreg.jax.batch_norm takes this input.  What a mask of numbers with fractions means is Flax's to say."""
-    whole = mask is None or jnp.result_type(mask).kind in "biu"
-    return whole and isinstance(axis, int) and is_supported(x) and x.size != 0
+def normalises(x: Any, axis: Any) -> bool:
+    """Whether pyreg.jax.batch_norm takes this input."""
+    return isinstance(axis, int) and is_supported(x) and x.size != 0
 
 
 def normalise(layer: Any, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Array, Array, Array]:

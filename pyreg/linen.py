@@ -80,8 +80,7 @@ class BatchNorm(linen.BatchNorm):
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> jax.Array:
         """Batch-norm of ``x``, as Flax's: by the batch's statistics, or by the running ones."""
         by_running = linen.merge_param("use_running_average", self.use_running_average, use_running_average)
-        ours = self.force_float32_reductions and normalises(x, self.axis, mask)
-        if by_running or self.is_initializing() or not ours:
+        if by_running or self.is_initializing() or not self.force_float32_reductions or not normalises(x, self.axis):
             return activate(_flax_batch_norm(self, x, use_running_average, mask=mask), self.activation)
         channels = (x.shape[self.axis],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)

@@ -290,7 +290,7 @@ class BatchNorm(nnx.BatchNorm):
         by_running = self.use_running_average if use_running_average is None else use_running_average
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         a, _, _, scale, bias = self.promote_dtype((x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype)
-        if by_running is None or by_running or not normalises(a, self.axis, mask):
+        if by_running is None or by_running or not normalises(a, self.axis):
             return activate(super().__call__(x, use_running_average, mask=mask), self.activation)
         y, mean, var = normalise(self, a, scale, bias, mask)
         for running, new in ((self.mean, mean), (self.var, var)):
