@@ -13,6 +13,7 @@ sys.path = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "bench
 COMMANDS = {
     "compare": "ops against NumPy, PyTorch, Flax and oneDNN",
     "train_step": "a training step with the framework's dropout, with pyreg's, and without; --framework torch",
+    "imports": "what importing pyreg does to the speed of PyTorch's own operations",
     "accuracy": "how right batch statistics are, beside PyTorch's and Flax's",
     "roofline": "bandwidth of each cache level, and how far each kernel is from it",
     "scaling": "one op over threads and sizes; with a busy neighbour; where threads pay",

@@ -637,7 +637,7 @@ def test_samples_of_torch(name, dtype):
         else:
             reference, attention = stock, "attention" in name
             p = sample.kwargs.get("dropout_p", 0.0)
-            if attention and p in (0.0, 1.0):
+            if attention and (p in (0.0, 1.0) or sample.input.dim() != sample.args[0].dim()):
                 assert describe(got) == describe(want)
                 continue
             if attention:

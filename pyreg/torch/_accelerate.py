@@ -75,8 +75,8 @@ def accelerate(*, dropout: bool = True, batch_norm: bool = False) -> Accelerated
     Notes
     -----
     ``torch.compile`` and ``torch.export`` see torch's own dropout, because what they compile outlives the process in
-    caches: for a compiled model use :func:`convert`.  ``torch.func``, ``torch.jit``, tensors of other devices and what
-    the kernels do not know also have torch's own.
+    caches: for a compiled model use :func:`convert`.  ``torch.func``, forward mode, ``torch.jit``, tensors of other
+    devices and what the kernels do not know also have torch's own dropout.
 
     Masks are those of :func:`pyreg.torch.dropout`.
 
@@ -89,7 +89,11 @@ def accelerate(*, dropout: bool = True, batch_norm: bool = False) -> Accelerated
     wanted = {"dropout": arg.as_flag(dropout, "dropout"), "batch_norm": arg.as_flag(batch_norm, "batch_norm")}
     kinds = [kind for kind, flag in wanted.items() if flag]
     if not hasattr(torch.library, "get_kernel"):
-        warnings.warn(f"torch {torch.__version__} has no torch.library.get_kernel; nothing is replaced", stacklevel=2)
+        warnings.warn(
+            f"torch {torch.__version__} has no torch.library.get_kernel; nothing is replaced",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return Accelerated([])
     with _lock:
         for kind in kinds:

@@ -133,7 +133,8 @@ def takes(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any) -
 
 
 def update_running(running: Tensor, value: Tensor, momentum: float) -> None:
-    running.detach().lerp_(value.to(running.dtype), momentum)
+    # .data: as torch does, without notice to autograd, which may have kept it for an evaluation.
+    running.data.lerp_(value.to(running.dtype), momentum)
 
 
 def unbiased(var: Tensor, x: Tensor) -> Tensor:

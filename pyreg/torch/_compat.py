@@ -33,6 +33,12 @@ def is_plain(x: Any) -> bool:
     )
 
 
+def is_functionalized() -> bool:
+    """Whether the innermost transform of torch.func is ``functionalize``, which takes no autograd function."""
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None and stack.key() == torch._C._functorch.TransformType.Functionalize
+
+
 def is_transformed() -> bool:
     """Whether torch.func, forward mode or a dispatch mode looks at what is computed."""
     return functorch_is_active() or forward_is_active() or dispatch_modes() > 0
@@ -46,6 +52,10 @@ def saved_tensors_are_hooked() -> bool:
 def forward_is_active() -> bool:
     """Whether tensors may carry tangents (torch.autograd.forward_ad)."""
     return forward_ad._current_level >= 0
+
+
+def has_tangent(x: Any) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def fast_apply(function: type[torch.autograd.Function]) -> Any:

@@ -72,7 +72,8 @@ def _scale(code: int, p: float) -> float:
         return 1 / (1 - p)
     single = np.float32(1) / np.float32(1 - p)
     if code == _core.F16:
-        single = np.float32(np.float16(single))
+        with np.errstate(over="ignore"):
+            single = np.float32(np.float16(single))
     elif code == _core.BF16:  # NumPy has none: the upper half of a float32, ties to even
         bits = int(single.view(np.uint32))
         single = np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
@@ -180,6 +181,8 @@ def _drop_batch(size: int, in_dims: Any, x: Tensor, key: Tensor, p: float, share
 
 
 def _operator(x: Tensor, key: Tensor, p: float, shared: Any) -> Tensor:
+    if _compat.forward_is_active() and _compat.has_tangent(x):  # torch would lose it in silence
+        raise RuntimeError("the operator pyreg::dropout has no derivative in forward mode; pyreg.torch.dropout has one")
     return _dropped(x, _as_int(key), p, tuple(shared)) if x.numel() else torch.empty_like(x)
 
 
@@ -219,7 +222,10 @@ def _route(x: Any, p: Any) -> int:
     if not isinstance(p, float) or not 0.0 < p < 1.0:
         return _STOCK
     compiled = torch.compiler.is_compiling()
-    if not compiled:
+    if compiled:
+        if _compat.functorch_is_active():
+            return _STOCK  # what is compiled and transformed loses derivatives of an operator
+    else:
         if type(x) not in _compat.PLAIN_TYPES and not _compat.is_fake(x):
             return _STOCK  # also subclasses, which know torch's own operations
         if _compat.tracing_state() is not None:
@@ -238,7 +244,9 @@ def _drop_now(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
 
 
 def _drop_traced(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-    if not torch.compiler.is_compiling() and (_compat.functorch_is_active() or _compat.forward_is_active()):
+    if torch.compiler.is_compiling() or _compat.is_functionalized():
+        return torch.ops.pyreg.dropout.default(x, key, p, shared)
+    if _compat.functorch_is_active() or _compat.forward_is_active():
         return _Transformable.apply(x, key, p, shared)
     return torch.ops.pyreg.dropout.default(x, key, p, shared)
 
@@ -260,7 +268,7 @@ def drop(
     if route is _EAGER:
         if not in_place:
             return _drop_now(x, _draw(generator), p, shared)
-        if x.is_contiguous() and not x.is_inference():
+        if x.is_contiguous() and not (x._is_view() or x.is_inference()):
             if not (x.requires_grad and torch.is_grad_enabled()):
                 _fill(x, x, _draw(generator), p, shared)
                 torch.autograd.graph.increment_version(x)
@@ -268,5 +276,5 @@ def drop(
             if not x.is_leaf:
                 return _dropout_in_place(x, _draw(generator), p, shared)
     y = _drop_traced(x, _draw_tensor(generator), p, shared)
-    # copy_ refuses a leaf that wants a gradient, and elements that share memory, in torch's words.
+    # copy_ knows what may not be written, and refuses it before it is, in torch's words.
     return x.copy_(y) if in_place else y

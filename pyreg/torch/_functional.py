@@ -198,7 +198,8 @@ def scaled_dot_product_attention(
     Returns
     -------
     Tensor, shape (..., L, V)
-        ``dropout(softmax(query @ key.T * scale + mask)) @ value``, as torch's own "math" path computes it.
+        ``dropout(softmax(query @ key.T * scale + mask)) @ value``, as torch's own "math" path computes it.  Inputs of 2
+        dims, and those whose batches are broadcast to each other, go to torch's function, dropout and all.
 
     Raises
     ------
@@ -212,7 +213,8 @@ def scaled_dot_product_attention(
     >>> pyreg.torch.scaled_dot_product_attention(q, k, v, dropout_p=0.1).shape
     torch.Size([2, 4, 8])
     """
-    if dropout_p == 0 or not _attends(query, key, value, attn_mask, is_causal, enable_gqa):
+    drops = isinstance(dropout_p, float) and 0 < dropout_p < 1
+    if not (drops and _attends(query, key, value, attn_mask, is_causal, enable_gqa)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -240,6 +242,8 @@ def scaled_dot_product_attention(
 
 def _attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> bool:
     """Whether the formula is meant as it stands; what it broadcasts or refuses otherwise is torch's to say."""
+    if not all(isinstance(a, torch.Tensor) for a in (query, key, value, query if mask is None else mask)):
+        return False
     dims = query.dim()
     if not (dims == key.dim() == value.dim() >= 3 and query.dtype == key.dtype == value.dtype):
         return False
