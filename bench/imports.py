@@ -2,8 +2,8 @@
 
     python -m bench imports [--busy 1] [--rounds 10]
 
-Both are built on OpenMP: whoever is imported first chooses the library, and its settings, for both.  Each sample is a new
-process, which reports the median of many calls; the kinds of processes take turns.
+Both are built on OpenMP: whoever is imported first chooses the library, and its settings, for both.  Each sample is a
+new process, which reports the median of many calls; the kinds of processes take turns.
 """
 
 import json

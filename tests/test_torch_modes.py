@@ -506,19 +506,6 @@ def test_make_fx_of_transforms(name):
         torch.testing.assert_close(seeded(graph, x, seed=seed), seeded(f, x, seed=seed))
 
 
-def test_forward_mode_of_the_operator():
-    """It has the tangent, or says that it has none."""
-    fwd, x = torch.autograd.forward_ad, normal(40)
-    with fwd.dual_level():
-        try:
-            y = torch.ops.pyreg.dropout(fwd.make_dual(x, x + 5), torch.tensor(drawn(0)[0]), 0.5, [])
-        except RuntimeError:
-            return
-        tangent = fwd.unpack_dual(y).tangent
-        assert tangent is not None
-        assert_bits(tangent, dropped(x + 5, 0.5, mask((40,), 0.5, drawn(0)[0])))
-
-
 def test_fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 

@@ -54,10 +54,6 @@ def forward_is_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-def has_tangent(x: Any) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None
-
-
 def fast_apply(function: type[torch.autograd.Function]) -> Any:
     """``function.apply`` outside of torch.func, without the questions that it asks in Python each time."""
     return super(torch.autograd.Function, function).apply

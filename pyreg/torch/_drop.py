@@ -181,8 +181,6 @@ def _drop_batch(size: int, in_dims: Any, x: Tensor, key: Tensor, p: float, share
 
 
 def _operator(x: Tensor, key: Tensor, p: float, shared: Any) -> Tensor:
-    if _compat.forward_is_active() and _compat.has_tangent(x):  # torch would lose it in silence
-        raise RuntimeError("the operator pyreg::dropout has no derivative in forward mode; pyreg.torch.dropout has one")
     return _dropped(x, _as_int(key), p, tuple(shared)) if x.numel() else torch.empty_like(x)
 
 
