@@ -70,8 +70,8 @@ def markdown(result):
     rows = [
         [
             r["operation"],
-            r["threads"],
-            r["busy"],
+            str(r["threads"]),
+            str(r["busy"]),
             time_text(r["seconds"]["torch"]["median"]),
             *(number_text(r["ratios"][f"{order} / torch"]["median"]) for order in ORDERS if order != "torch"),
         ]

@@ -143,7 +143,7 @@ def markdown(result):
     rows = [
         [
             record["model"],
-            record["threads"],
+            str(record["threads"]),
             *(number_text(record["ratios"][f"{name} / off"]["median"]) for name in VARIANTS if name != "off"),
             *(f"{record['variants'][name]['saved bytes'] / 2**20:.0f}" for name in ("off", "torch", "accelerate")),
         ]

@@ -147,6 +147,26 @@ static void give_scratch(struct call *call, void *scratch) {
     if (scratch) call->scratch = scratch;
 }
 
+/* The lock is held before and after. */
+static void help_with(struct call *call) {
+    call->helpers++;
+    void *scratch = take_scratch(call);
+    lock_give(&lock);
+    fp_set(call->mode);
+    own_set(current, call);
+    work_on(call, scratch);
+    own_set(current, NULL);
+    lock_take(&lock);
+    give_scratch(call, scratch);
+    if (--call->helpers == 0) {
+        atomic_uint *turn = &call->turn;
+        atomic_fetch_add(turn, 1);
+        lock_give(&lock); /* now the call may be gone; to wake on its address does no harm */
+        wake(turn, 1);
+        lock_take(&lock);
+    }
+}
+
 static void *help(void *unused) {
     struct cpus cpus = {{0}}; /* where this thread may run */
     lock_take(&lock);
@@ -162,28 +182,11 @@ static void *help(void *unused) {
             idle--;
             continue;
         }
-        call->helpers++;
-        void *scratch = take_scratch(call);
-        lock_give(&lock);
-
         if (cpus_count(&call->threads->cpus) && !cpus_equal(&cpus, &call->threads->cpus)) {
             cpus = call->threads->cpus;
             cpus_set_thread(&cpus);
         }
-        fp_set(call->mode);
-        own_set(current, call);
-        work_on(call, scratch);
-        own_set(current, NULL);
-
-        lock_take(&lock);
-        give_scratch(call, scratch);
-        if (--call->helpers == 0) {
-            atomic_uint *turn = &call->turn;
-            atomic_fetch_add(turn, 1);
-            lock_give(&lock); /* now the call may be gone; to wake on its address does no harm */
-            wake(turn, 1);
-            lock_take(&lock);
-        }
+        help_with(call);
     }
     return unused;
 }
@@ -226,6 +229,35 @@ static void dismiss_helpers(struct call *call) {
     if (others) wake(&news, 1);
 }
 
+/* ---- OpenMP's team: instead of helpers, for a call that comes from a library whose OpenMP threads spin between its own
+ * calls.  Ours would wait for the CPUs that they hold.  The team is waited for, as the library waits for it. ---------- */
+static own_t on_team;
+static atomic_bool forked; /* then OpenMP's threads are not there, and it waits for them */
+
+bool pyreg_use_team(bool use) {
+    bool before = own_get(on_team);
+    own_set(on_team, use ? &on_team : NULL);
+    return before;
+}
+
+struct member {
+    struct call *call;
+    void *scratch; /* of the caller */
+};
+
+static void work_in_team(void *argument) {
+    struct member *member = argument;
+    if (thread_is_self(member->call->caller)) {
+        work_on(member->call, member->scratch);
+        return;
+    }
+    const fp_mode mode = fp_get();
+    lock_take(&lock);
+    help_with(member->call);
+    lock_give(&lock);
+    fp_set(mode);
+}
+
 /* ---- Forks: the child has the calling thread alone, and may be made by a signal handler in the middle of a call: then
  * no chunk may be half done by a helper that the child lacks. ------------------------------------------------------ */
 static void before_fork(void) {
@@ -254,12 +286,14 @@ static void in_child(void) {
     lock = (lock_t)LOCK_INITIALIZER;
     calls = NULL;
     helpers = idle = 0;
+    atomic_store(&forked, true);
     resume();
 }
 
 AT_LOAD static void at_load(void) {
     own_init(&current);
     own_init(&no_interrupts);
+    own_init(&on_team);
     at_fork(before_fork, in_parent, in_child);
 }
 
@@ -295,9 +329,14 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
     for (size_t p = 0; p < num_phases; p++) call.chunks += phases[p].chunks;
     for (int t = 1; scratch && t < threads->count; t++) give_scratch(&call, scratch + (size_t)t * scratch_bytes);
     own_set(current, &call);
-    if (threads->count > 1) call_helpers(&call);
-    work_on(&call, scratch);
-    if (threads->count > 1) dismiss_helpers(&call);
+    if (threads->count > 1 && own_get(on_team) && !atomic_load(&forked)) {
+        struct member member = {&call, scratch};
+        threads_team(threads->count, work_in_team, &member);
+    } else {
+        if (threads->count > 1) call_helpers(&call);
+        work_on(&call, scratch);
+        if (threads->count > 1) dismiss_helpers(&call);
+    }
     own_set(current, call.outer);
     return atomic_load(&call.stop) ? PYREG_INTERRUPTED : PYREG_OK;
 }

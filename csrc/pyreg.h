@@ -177,6 +177,10 @@ void pyreg_set_num_threads(int n); /* whole process; 0: automatic */
 int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  Returns the previous value */
 int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns the previous value */
 
+/* Whether OpenMP's own threads help in calls from this thread, instead of the library's: for a program whose other code
+ * keeps them spinning on the CPUs, and that has one OpenMP library.  Not in forked children.  Returns what held before. */
+bool pyreg_use_team(bool use);
+
 /* OpenMP may pin the thread that loads it to a CPU (OMP_PROC_BIND).  Says that the loader has undone that, so that a
  * main thread with that affinity has it from elsewhere. */
 void pyreg_unpinned(void);

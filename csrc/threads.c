@@ -74,6 +74,11 @@ struct threads threads_for_call(void) {
     return t;
 }
 
+void threads_team(int count, void (*work)(void *), void *argument) {
+#pragma omp parallel num_threads(count)
+    work(argument);
+}
+
 bool threads_taken(void) { return omp_in_parallel(); }
 
 int pyreg_get_num_threads(void) { return threads_for_call().count; }

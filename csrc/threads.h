@@ -1,5 +1,5 @@
 /* How many threads a call may have, by the caller, the operating system and OpenMP's settings.  The only file that
- * knows OpenMP; the threads are our own, in parallel.c. */
+ * knows OpenMP; but for a team that was asked for, threads are our own, in parallel.c. */
 #ifndef PYREG_THREADS_H
 #define PYREG_THREADS_H
 
@@ -11,6 +11,9 @@ struct threads {
     struct cpus cpus; /* where they may run; empty if the system does not say */
 };
 struct threads threads_for_call(void); /* from this thread */
+
+/* work(argument) on this thread and on OpenMP's own, `count` in all. */
+void threads_team(int count, void (*work)(void *), void *argument);
 
 /* Is this thread part of an OpenMP region, whose others are at work? */
 bool threads_taken(void);

@@ -236,9 +236,9 @@ def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int gener
 
 
 def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint64_t key, double rate, double scale,
-               mask_strides, int max_threads):
+               mask_strides, int max_threads, bint team):
     """y = dropout(x) by philox, for arrays of another library: addresses, and strides in elements, one for each dim.
-    mask_strides: as there, or None for C order.  max_threads: that it allows."""
+    mask_strides: as there, or None for C order.  max_threads: that it allows; team: are OpenMP's to help?"""
     cdef int64_t[PYREG_MAX_DIMS] lengths, of_x, of_y, of_mask
     cdef int64_t size = 4 if dtype == PYREG_F32 else 8 if dtype == PYREG_F64 else 2
     cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS), before
@@ -255,14 +255,17 @@ def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint6
         args.mask_strides = &of_mask[0]
     use_asked_threads()
     before = pyreg_limit_threads(max_threads)
+    pyreg_use_team(team)
     with nogil:
         status = pyreg_dropout(&args)
+    pyreg_use_team(False)
     pyreg_limit_threads(before)
     check(status)
 
 
-def limit_threads(int n):
-    """Calls of this thread use at most n threads; 0: no limit.  Returns what was set before."""
+def limit_threads(int n, bint team=False):
+    """Calls of this thread use at most n threads, OpenMP's if team; 0: no limit.  Returns what n was before."""
+    pyreg_use_team(team)
     return pyreg_limit_threads(n)
 
 

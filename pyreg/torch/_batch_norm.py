@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from pyreg import _core
 from pyreg.torch import _compat
-from pyreg.torch._drop import CODES
+from pyreg.torch._drop import CODES, ONE_OPENMP
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -41,7 +41,7 @@ def _new(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _threads_of_torch() -> Iterator[None]:
-    before = _core.limit_threads(torch.get_num_threads())
+    before = _core.limit_threads(torch.get_num_threads(), ONE_OPENMP)
     try:
         yield
     finally:

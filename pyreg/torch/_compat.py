@@ -4,11 +4,24 @@ All are there from torch 2.8 on.  Where one is gone, importing ``pyreg.torch`` f
 of torch would be wrong in silence.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+
+def openmp_libraries() -> int:
+    """How many OpenMP libraries the process has loaded; 0 where the system does not say."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return 0
+    files = {line.rpartition("/")[2] for line in maps.splitlines() if "/" in line}
+    return len({file for file in files if re.match(r"lib(g?omp|iomp)[-.\d]", file)})
+
 
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -23,6 +23,10 @@ Key: TypeAlias = int | Tensor
 CODES = {torch.float32: _core.F32, torch.float64: _core.F64, torch.float16: _core.F16, torch.bfloat16: _core.BF16}
 _CPU = torch.device("cpu")
 
+# Torch's threads spin for milliseconds between its operations.  Where they are those of the OpenMP library that pyreg
+# uses, too, they help; others would wait for their CPUs.
+ONE_OPENMP = _compat.openmp_libraries() == 1
+
 
 # ---- Keys ------------------------------------------------------------------------------------------------------------
 
@@ -89,7 +93,7 @@ def _fill(y: Tensor, x: Tensor, key: int, p: float, shared: tuple[int, ...]) -> 
         mask_strides = arg.as_mask_strides(shape, shared) if shared else None
     threads = torch.get_num_threads() if n > _SERIAL else 1
     x_at, y_at, scale = x.data_ptr(), y.data_ptr(), _scale(code, p)
-    _core.dropout_at(code, x_at, y_at, shape, x_strides, y_strides, key, p, scale, mask_strides, threads)
+    _core.dropout_at(code, x_at, y_at, shape, x_strides, y_strides, key, p, scale, mask_strides, threads, ONE_OPENMP)
     return y
 
 
