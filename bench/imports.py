@@ -102,4 +102,4 @@ def run(args):
         for process in busy:
             process.kill()
     output.finish(args, found, records)
-    print(markdown({"machine": found, "records": records}))
+    print(markdown({"machine": found, "records": output.rounded(records)}))

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import accuracy, cases, compare, machine, output, plan, roofline, scaling
+from bench import accuracy, cases, compare, imports, machine, output, plan, roofline, scaling
 from bench.output import console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,10 @@ COMMANDS = {
     "roofline": [],
     "scaling": ["--neighbour", "--stores"],
     "plan": [],
+    "imports": [],
+    "train_step_torch": ["--framework", "torch"],
 }
+ON_THEIR_OWN = ("imports", "train_step_torch")  # need torch; their tables say on what they ran
 
 
 def add_arguments(parser):
@@ -59,7 +62,8 @@ def documents():
 def measure(name, args):
     """Runs a command in a process of its own, so that what it leaves behind does not disturb the next one."""
     files = ["--json", args.docs / f"{name}.json", "--plot", args.docs / f"{name}.svg"]
-    command = [sys.executable, ROOT / "bench", name, *COMMANDS[name], *["--quick"] * args.quick, *files]
+    command = [sys.executable, ROOT / "bench", name.removesuffix("_torch"), *COMMANDS[name]]
+    command += [*["--quick"] * args.quick, *files]
     console.rule(" ".join(map(str, command[2:])))
     start = time.monotonic()
     done = subprocess.run(command, check=False)
@@ -85,6 +89,8 @@ def machines(results):
     """The machine, which is the same for all files if they were made together, and the time of each file."""
     texts = []
     for name, result in results.items():
+        if name in ON_THEIR_OWN:
+            continue
         found = result["machine"]
         busy = found["busy CPUs at the start"]
         quick = ", quick" * result["quick"]
@@ -117,6 +123,8 @@ def noise(results):
     """How many ratios may come out differently in another run."""
     rows = []
     for name, result in results.items():
+        if name in ON_THEIR_OWN:
+            continue
         found = list(output.ratios(result["records"]))
         if found:
             doubtful = sum(output.unsteady(r) for r in found)
@@ -144,12 +152,20 @@ def train_step(results):
     return train_step.markdown(results["train_step"])
 
 
+def train_step_torch(results):
+    from bench import train_step_torch as command  # needs torch
+
+    return command.markdown(results["train_step_torch"])
+
+
 PARTS = {
     "machine": machines,
     "noise": noise,
     **{f"compare {op}": lambda results, op=op: compare.markdown(results["compare"], op) for op in cases.OPS},
     "losses": losses,
     "train_step": train_step,
+    "train_step torch": train_step_torch,
+    "imports": lambda results: imports.markdown(results["imports"]),
     "accuracy": lambda results: accuracy.markdown(results["accuracy"]),
     "roofline": lambda results: roofline.markdown(results["roofline"]),
     "scaling": lambda results: scaling.markdown(results["scaling"]),
