@@ -229,8 +229,8 @@ static void dismiss_helpers(struct call *call) {
     if (others) wake(&news, 1);
 }
 
-/* ---- OpenMP's team: instead of helpers, for a call that comes from a library whose OpenMP threads spin between its own
- * calls.  Ours would wait for the CPUs that they hold.  The team is waited for, as the library waits for it. ---------- */
+/* ---- OpenMP's team: instead of helpers, for a call from a library whose OpenMP threads spin between its own calls.
+ * Ours would wait for the CPUs that they hold.  The team is waited for, as the library waits for it. --------------- */
 static own_t on_team;
 static atomic_bool forked; /* then OpenMP's threads are not there, and it waits for them */
 
@@ -319,17 +319,19 @@ bool parallel_pays(double serial_ns) { return serial_ns >= pyreg_parallel_from()
 /* A call that parallel_stop and fork() know. */
 static enum pyreg_status run_known(const struct phase *phases, size_t num_phases, void *work, char *scratch,
                                    size_t scratch_bytes, fp_mode mode, const struct threads *threads) {
+    const bool team = threads->count > 1 && own_get(on_team) && !atomic_load(&forked);
     struct call call = {.phases = phases,
                         .work = work,
                         .mode = mode,
                         .threads = threads,
                         .caller = thread_self(),
                         .outer = own_get(current),
-                        .ask_at = clock_ns() + ask_every_ns};
+                        /* A handler might fork, and in the child OpenMP would wait for the rest of the team. */
+                        .ask_at = team ? never : clock_ns() + ask_every_ns};
     for (size_t p = 0; p < num_phases; p++) call.chunks += phases[p].chunks;
     for (int t = 1; scratch && t < threads->count; t++) give_scratch(&call, scratch + (size_t)t * scratch_bytes);
     own_set(current, &call);
-    if (threads->count > 1 && own_get(on_team) && !atomic_load(&forked)) {
+    if (team) {
         struct member member = {&call, scratch};
         threads_team(threads->count, work_in_team, &member);
     } else {

@@ -178,8 +178,8 @@ int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  R
 int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns the previous value */
 
 /* Whether OpenMP's own threads help in calls from this thread, instead of the library's: for a program whose other code
- * keeps them spinning on the CPUs, and that has one OpenMP library.  Not in forked children; and an interrupt check must
- * not fork in the midst of such a call.  Returns what held before. */
+ * keeps them spinning on the CPUs, and that has one OpenMP library.  Not in forked children; and nothing asks whether
+ * such a call is to be interrupted.  Returns what held before. */
 bool pyreg_use_team(bool use);
 
 /* OpenMP may pin the thread that loads it to a CPU (OMP_PROC_BIND).  Says that the loader has undone that, so that a

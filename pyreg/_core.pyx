@@ -203,6 +203,12 @@ cdef pyreg_mask make_mask(int generator, uint64_t key, double rate, uint64_t off
                       offset=offset)
 
 
+cdef void allow_threads(int max_threads, bint team) noexcept:
+    """For the next call, to another library's limit; 0: no limit.  To be taken back before Python code runs again."""
+    pyreg_limit_threads(max_threads)
+    pyreg_use_team(team)
+
+
 cdef int set_ints(object ints, int n, int64_t unit, int64_t *out) except -1:
     """A tuple of n ints, in units, for C; torch.Size is one, too."""
     cdef int d
@@ -211,6 +217,10 @@ cdef int set_ints(object ints, int n, int64_t unit, int64_t *out) except -1:
     for d in range(n):
         out[d] = unit * <int64_t>(<tuple>ints)[d]
     return 0
+
+
+cdef int64_t size_of(int dtype) noexcept:
+    return 4 if dtype == PYREG_F32 else 8 if dtype == PYREG_F64 else 2
 
 
 def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int generator, uint64_t key, double rate,
@@ -240,8 +250,8 @@ def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint6
     """y = dropout(x) by philox, for arrays of another library: addresses, and strides in elements, one for each dim.
     mask_strides: as there, or None for C order.  max_threads: that it allows; team: are OpenMP's to help?"""
     cdef int64_t[PYREG_MAX_DIMS] lengths, of_x, of_y, of_mask
-    cdef int64_t size = 4 if dtype == PYREG_F32 else 8 if dtype == PYREG_F64 else 2
-    cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS), before
+    cdef int64_t size = size_of(dtype)
+    cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS)
     cdef pyreg_status status
     set_ints(shape, ndim, 1, lengths)
     set_ints(x_strides, ndim, size, of_x)
@@ -254,19 +264,25 @@ def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint6
         set_ints(mask_strides, ndim, 1, of_mask)
         args.mask_strides = &of_mask[0]
     use_asked_threads()
-    before = pyreg_limit_threads(max_threads)
-    pyreg_use_team(team)
+    allow_threads(max_threads, team)
     with nogil:
         status = pyreg_dropout(&args)
-    pyreg_use_team(False)
-    pyreg_limit_threads(before)
+    allow_threads(0, False)
     check(status)
 
 
-def limit_threads(int n, bint team=False):
-    """Calls of this thread use at most n threads, OpenMP's if team; 0: no limit.  Returns what n was before."""
-    pyreg_use_team(team)
-    return pyreg_limit_threads(n)
+def array_at(int dtype, size_t address, shape, strides, owner):
+    """An array on memory of another library, which the owner keeps; strides in elements.  bfloat16 is there as int16."""
+    cdef int64_t[PYREG_MAX_DIMS] lengths, bytes_
+    cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS)
+    cdef int num = (cnp.NPY_FLOAT if dtype == PYREG_F32 else cnp.NPY_DOUBLE if dtype == PYREG_F64
+                    else NPY_HALF if dtype == PYREG_F16 else cnp.NPY_INT16)
+    set_ints(shape, ndim, 1, lengths)
+    set_ints(strides, ndim, size_of(dtype), bytes_)
+    array = cnp.PyArray_New(cnp.ndarray, ndim, <cnp.npy_intp *>&lengths[0], num, <cnp.npy_intp *>&bytes_[0],
+                            <void *>address, 0, cnp.NPY_ARRAY_WRITEABLE, None)
+    cnp.set_array_base(array, owner)
+    return array
 
 
 def dropout_scale(int dtype, double rate):
@@ -315,7 +331,7 @@ def is_statistic(array, int dtype, cnp.npy_intp channels):
 
 def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, cnp.ndarray scale,
                cnp.ndarray bias, cnp.ndarray mask, cnp.ndarray residual, cnp.ndarray y not None,
-               cnp.ndarray mean_low=None):
+               cnp.ndarray mean_low=None, int max_threads=0, bint team=False):
     """y = batch_norm(x), mean_low = what its mean lacks; returns mean and var.  None: no such operand."""
     cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
@@ -325,8 +341,10 @@ def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint
         var=array_of(var).data)
     cdef pyreg_status status
     use_asked_threads()
+    allow_threads(max_threads, team)
     with nogil:
         status = pyreg_batchnorm_forward(&args)
+    allow_threads(0, False)
     check(status)
     return mean, var
 
@@ -348,7 +366,7 @@ def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double eps
 def batch_norm_backward(int dtype, cnp.ndarray dy not None, cnp.ndarray x not None, int axis, double epsilon, bint relu,
                         cnp.ndarray scale, cnp.ndarray mask, cnp.ndarray y, cnp.ndarray mean not None,
                         cnp.ndarray var not None, cnp.ndarray dx not None, cnp.ndarray dresidual,
-                        cnp.ndarray dmean=None, cnp.ndarray dvar=None):
+                        cnp.ndarray dmean=None, cnp.ndarray dvar=None, int max_threads=0, bint team=False):
     """dx and dresidual (or None) = batch_norm_backward(dy, x); returns dscale and dbias.  y: None without relu."""
     cdef cnp.ndarray dscale = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
     cdef cnp.ndarray dbias = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
@@ -359,8 +377,10 @@ def batch_norm_backward(int dtype, cnp.ndarray dy not None, cnp.ndarray x not No
         dbias=array_of(dbias).data)
     cdef pyreg_status status
     use_asked_threads()
+    allow_threads(max_threads, team)
     with nogil:
         status = pyreg_batchnorm_backward(&args)
+    allow_threads(0, False)
     check(status)
     return dscale, dbias
 

@@ -1,5 +1,6 @@
 """Dropout and batch-norm of all eager code of the process on CPUs: torch's own operators, with other kernels."""
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable
@@ -74,9 +75,12 @@ def accelerate(*, dropout: bool = True, batch_norm: bool = False) -> Accelerated
 
     Notes
     -----
-    ``torch.compile`` and ``torch.export`` see torch's own dropout, because what they compile outlives the process in
-    caches: for a compiled model use :func:`convert`.  ``torch.func``, forward mode, ``torch.jit``, tensors of other
-    devices and what the kernels do not know also have torch's own dropout.
+    ``torch.compile`` and ``torch.export`` trace torch's own dropout, because what they compile outlives the process in
+    caches: for a compiled model use :func:`convert`.  ``torch.func``, forward mode, tensors of other devices and what
+    the kernels do not know also have torch's own dropout.  What torch runs operator by operator counts as eager: an
+    exported program, TorchScript, ``backend="eager"``.
+
+    The backward pass of batch-norm takes the statistics that it is given to be those of its input.
 
     Masks are those of :func:`pyreg.torch.dropout`.
 
@@ -119,6 +123,9 @@ def _stock(name: str, key: Any) -> Callable[..., Any]:
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
 
 
+_BELOW_AUTOGRAD = {_Key.AutogradCPU: contextlib.nullcontext, _Key.CPU: torch.no_grad}
+
+
 def _install_dropout(library: Any) -> None:
     keys = _Key.AutogradCPU, _Key.CPU
     for name in ("dropout", "dropout_", "feature_dropout", "feature_dropout_"):
@@ -131,10 +138,11 @@ def _dropout_kernel(name: str, key: Any) -> Callable[..., Tensor]:
     of_channels, in_place = name.startswith("feature"), name.endswith("_")
 
     def kernel(x: Tensor, p: float, train: bool) -> Tensor:
-        if not train:
+        if not train and 0 <= p <= 1:
             return x
-        if _is_eager(x) and (x.dim() > 2 or not of_channels):
-            y = drop(x, p, tuple(range(2, x.dim())) if of_channels else (), in_place)
+        if train and (not of_channels or x.dim() > 2):
+            with _BELOW_AUTOGRAD[key]():
+                y = drop(x, p, tuple(range(2, x.dim())) if of_channels else (), in_place, only_eager=True)
             if y is not None:
                 return y
         return stock(x, p, train)
@@ -184,6 +192,7 @@ def _install_batch_norm(library: Any) -> None:
         wanted: list[bool],
     ) -> Any:
         ours = train and _is_eager(x) and _is_eager(dy) and dy.dtype is x.dtype
+        ours = ours and all(a is None or (a.dtype is torch.float64) == (x.dtype is torch.float64) for a in (mean, rstd))
         if mean is None or rstd is None or eps <= 0 or not (ours and _batch_norm.takes(x, None, None, weight, None)):
             return stock_backward(dy, x, weight, running_mean, running_var, mean, rstd, train, eps, wanted)
         # What torch keeps is 1 / sqrt(var + eps); the kernel adds its epsilon, here 0, to a variance.

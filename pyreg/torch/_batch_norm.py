@@ -1,7 +1,5 @@
 """Batch-norm of dense tensors in eager training; all else is for torch's own."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -14,47 +12,41 @@ from pyreg.torch._drop import CODES, ONE_OPENMP
 Tensor: TypeAlias = torch.Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
+_LEAST_EPS = 1e-30  # below, torch divides by what float32 makes of it
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
 def _array(x: Tensor) -> Any:
-    """A view for _core; NumPy has no bfloat16, and _core is told the type by its code."""
-    x = x.detach()
-    return (x.view(torch.int16) if x.dtype is torch.bfloat16 else x).numpy()
+    """A view for _core.  Not ``x.numpy()``: that would forbid its storage to be resized, for ever."""
+    return _core.array_at(CODES[x.dtype], x.data_ptr(), x.shape, x.stride(), x)
 
 
 def _values(x: Tensor | None, like: Tensor) -> Any:
     """A parameter or statistic, in the dtype that goes with the data."""
     if x is None:
         return None
-    return x.detach().to(torch.float64 if like.dtype is torch.float64 else torch.float32).contiguous().numpy()
+    return _array(x.detach().to(torch.float64 if like.dtype is torch.float64 else torch.float32).contiguous())
 
 
 def _new(x: Tensor) -> Tensor:
     """Where torch's batch-norm puts a result like x: in the order of x if that is a memory format, else in C order."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    keeps = x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
-    return torch.empty_like(x, memory_format=torch.preserve_format if keeps else torch.contiguous_format)
+    keeps = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+    return torch.empty_like(x, memory_format=last if keeps else torch.contiguous_format)
 
 
-@contextlib.contextmanager
-def _threads_of_torch() -> Iterator[None]:
-    before = _core.limit_threads(torch.get_num_threads(), ONE_OPENMP)
-    try:
-        yield
-    finally:
-        _core.limit_threads(before)
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(array).clone()  # with a storage of torch's own
 
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and biased variance per channel, in float32 or float64."""
     y = _new(x)
-    scale, shift = _values(weight, x), _values(bias, x)
-    with _threads_of_torch():
-        mean, var = _core.batch_norm(CODES[x.dtype], _array(x), 1, eps, False, scale, shift, None, None, _array(y))
-    return y, torch.from_numpy(mean), torch.from_numpy(var)
+    arrays = _array(x), 1, eps, False, _values(weight, x), _values(bias, x), None, None, _array(y)
+    mean, var = _core.batch_norm(CODES[x.dtype], *arrays, None, torch.get_num_threads(), ONE_OPENMP)
+    return y, _tensor(mean), _tensor(var)
 
 
 def gradients(
@@ -62,24 +54,11 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x, weight and bias."""
     dx = _new(x)
-    scale, mean_of_x, var_of_x = _values(weight, x), _values(mean, x), _values(var, x)
-    with _threads_of_torch():
-        dweight, dbias = _core.batch_norm_backward(
-            CODES[x.dtype],
-            _array(dy),
-            _array(x),
-            1,
-            eps,
-            False,
-            scale,
-            None,
-            None,
-            mean_of_x,
-            var_of_x,
-            _array(dx),
-            None,
-        )
-    return dx, torch.from_numpy(dweight), torch.from_numpy(dbias)
+    scale, *known = _values(weight, x), _values(mean, x), _values(var, x)
+    arrays = _array(dy), _array(x), 1, eps, False, scale, None, None, *known, _array(dx), None
+    others = None, None, torch.get_num_threads(), ONE_OPENMP
+    dweight, dbias = _core.batch_norm_backward(CODES[x.dtype], *arrays, *others)
+    return dx, _tensor(dweight), _tensor(dbias)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -134,7 +113,11 @@ def takes(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any) -
 
 def update_running(running: Tensor, value: Tensor, momentum: float) -> None:
     # .data: as torch does, without notice to autograd, which may have kept it for an evaluation.
-    running.data.lerp_(value.to(running.dtype), momentum)
+    old = running.data
+    if old.dtype is value.dtype:
+        old.mul_(1 - momentum).add_(value, alpha=float(momentum))
+    else:  # a half type, in which the value alone may overflow
+        old.copy_(value.mul(momentum).add_(old.to(value.dtype), alpha=1 - momentum))
 
 
 def unbiased(var: Tensor, x: Tensor) -> Tensor:
@@ -194,7 +177,7 @@ def batch_norm(
         or torch.compiler.is_compiling()
         or _compat.is_transformed()
         or _compat.tracing_state() is not None
-        or not (isinstance(momentum, (float, int)) and isinstance(eps, float) and 0 < eps < float("inf"))
+        or not (isinstance(momentum, (float, int)) and isinstance(eps, float) and _LEAST_EPS < eps < float("inf"))
         or not takes(input, running_mean, running_var, weight, bias)
     ):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -33,8 +33,8 @@ ONE_OPENMP = _compat.openmp_libraries() == 1
 _KEYS = 2**63 - 1  # they are drawn below it
 
 
-class _Room(threading.local):
-    """Where this thread draws: a new tensor for each key would take longer than all of a small call."""
+class _Room:
+    """Where a key is drawn: a new tensor for each would take longer than all of a small call."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
@@ -42,13 +42,24 @@ class _Room(threading.local):
         self.seen = self.key.numpy()
 
 
-_room = _Room()
+class _Rooms(threading.local):
+    """Those of this thread that are free.  A signal handler that draws amid a draw finds none, and makes another."""
+
+    def __init__(self) -> None:
+        self.free: list[_Room] = []
+
+
+_rooms = _Rooms()
 
 
 def _draw(generator: torch.Generator | None) -> int:
     """The key that ``_draw_tensor`` would draw."""
-    _room.key.random_(_KEYS) if generator is None else _room.key.random_(_KEYS, generator=generator)
-    return _room.seen.item()
+    free = _rooms.free
+    room = free.pop() if free else _Room()
+    room.key.random_(_KEYS) if generator is None else room.key.random_(_KEYS, generator=generator)
+    key = room.seen.item()
+    free.append(room)
+    return key
 
 
 def _draw_tensor(generator: torch.Generator | None) -> Tensor:
@@ -261,20 +272,25 @@ def _drop_again(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tenso
 
 
 def drop(
-    x: Any, p: Any, shared: tuple[int, ...] = (), in_place: bool = False, generator: torch.Generator | None = None
+    x: Any,
+    p: Any,
+    shared: tuple[int, ...] = (),
+    in_place: bool = False,
+    generator: torch.Generator | None = None,
+    only_eager: bool = False,
 ) -> Tensor | None:
     """Dropout in training; None where it is for torch's own function.  Dims in ``shared`` share the mask."""
     route = _route(x, p)
-    if route is _STOCK:
+    if route is _STOCK or (only_eager and route is _TRACED):
         return None
     if route is _EAGER:
         if not in_place:
             return _drop_now(x, _draw(generator), p, shared)
         if x.is_contiguous() and not (x._is_view() or x.is_inference()):
             if not (x.requires_grad and torch.is_grad_enabled()):
-                _fill(x, x, _draw(generator), p, shared)
-                torch.autograd.graph.increment_version(x)
-                return x
+                key = _draw(generator)
+                torch.autograd.graph.increment_version(x)  # first: the call may be interrupted
+                return _fill(x, x, key, p, shared)
             if not x.is_leaf:
                 return _dropout_in_place(x, _draw(generator), p, shared)
     y = _drop_traced(x, _draw_tensor(generator), p, shared)

@@ -61,7 +61,7 @@ def dropout(
     >>> bool((y.numpy() == pyreg.dropout(x.numpy(), 0.5, key=key)).all())
     True
     """
-    if training and (y := drop(input, p, (), inplace, generator)) is not None:
+    if training is True and (y := drop(input, p, (), inplace, generator)) is not None:
         return y
     if generator is not None and training and isinstance(input, torch.Tensor) and input.numel() and 0 < p < 1:
         raise ValueError("generator is given, but the input is for torch's own dropout, which takes none")
@@ -71,7 +71,7 @@ def dropout(
 def _dropout_of_channels(
     stock: Callable[..., Tensor], spatial: int, input: Tensor, p: float, training: bool, inplace: bool
 ) -> Tensor:
-    if training and isinstance(input, torch.Tensor) and input.dim() == spatial + 2:
+    if training is True and isinstance(input, torch.Tensor) and input.dim() == spatial + 2:
         y = drop(input, p, tuple(range(2, spatial + 2)), inplace)
         if y is not None:
             return y
@@ -175,6 +175,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -213,11 +214,19 @@ def scaled_dot_product_attention(
     >>> pyreg.torch.scaled_dot_product_attention(q, k, v, dropout_p=0.1).shape
     torch.Size([2, 4, 8])
     """
-    drops = isinstance(dropout_p, float) and 0 < dropout_p < 1
+    drops = isinstance(dropout_p, float) and 0 < dropout_p < 1 and (scale is None or type(scale) in (float, int))
+    drops = drops and type(is_causal) is bool and type(enable_gqa) is bool
     if not (drops and _attends(query, key, value, attn_mask, is_causal, enable_gqa)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
@@ -244,9 +253,14 @@ def _attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_
     """Whether the formula is meant as it stands; what it broadcasts or refuses otherwise is torch's to say."""
     if not all(isinstance(a, torch.Tensor) for a in (query, key, value, query if mask is None else mask)):
         return False
+    if query.is_nested:
+        return False  # it has no shape
     dims = query.dim()
-    if not (dims == key.dim() == value.dim() >= 3 and query.dtype == key.dtype == value.dtype):
-        return False
+    for a in (query, key, value):
+        if a.dim() != dims or dims < 3 or a.dtype != query.dtype or a.layout is not torch.strided or not a.is_cpu:
+            return False
+        if a.is_nested or 0 in a.shape:
+            return False
     batch = query.shape[:-2]
     if enable_gqa:
         heads, shared = query.size(-3), key.size(-3)

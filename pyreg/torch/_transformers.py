@@ -62,9 +62,9 @@ def attention_forward(
         value,
         attention_mask,
         dropout,
-        is_causal and attention_mask is None and query.size(2) > 1,
-        scaling,
-        getattr(module, "num_key_value_groups", 1) > 1,
+        bool(is_causal and attention_mask is None and query.size(2) > 1),
+        scale=scaling,
+        enable_gqa=getattr(module, "num_key_value_groups", 1) > 1,
     )
     return y.transpose(1, 2).contiguous(), None
 
