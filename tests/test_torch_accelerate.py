@@ -680,3 +680,13 @@ def test_converted_models_inside(calls, norms):
     with accelerate(batch_norm=True):
         assert_bits(seeded(model, x), want)
     assert len(calls) == len(norms) == 2
+
+
+@pytest.mark.parametrize("name", ["dropout", "feature_dropout"])
+def test_a_rate_is_checked_in_evaluation(name):
+    call, x = getattr(torch, name), torch.ones(3, 4, 5)
+    with accelerate():
+        assert call(x, 0.5, False) is x or torch.equal(call(x, 0.5, False), x)
+        for p in (2.0, -1.0, float("nan")):
+            with pytest.raises(RuntimeError, match="between 0 and 1"):
+                call(x, p, False)

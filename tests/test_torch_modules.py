@@ -708,3 +708,41 @@ def test_gradients_of_an_attention_mask():
         f(q, k, v, attn_mask, 0.3).pow(2).sum().backward()
         results.append(attn_mask.grad)
     torch.testing.assert_close(*results)
+
+
+# ---- What the layers leave behind ------------------------------------------------------------------------------------
+
+
+def test_storages_stay_resizable():
+    """Sharded training (FSDP) frees and resizes them."""
+    x, weight = normal(8, 4).requires_grad_(), torch.ones(4, requires_grad=True)
+    y = pyreg.torch.batch_norm(x, None, None, weight, training=True)
+    y.sum().backward()
+    for tensor in (x, y, weight, x.grad, weight.grad):
+        tensor.detach().untyped_storage().resize_(1000)
+
+
+def test_running_statistics_of_half_types_do_not_overflow():
+    x, running = (normal(64, 4) * 400).half(), torch.ones(4).half()
+    want = running.clone()
+    pyreg.torch.batch_norm(x, torch.zeros(4).half(), running, training=True)
+    F.batch_norm(x, torch.zeros(4).half(), want, training=True)
+    assert want.isfinite().all()
+    torch.testing.assert_close(running, want, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_attention_under_autocast(dtype):
+    q, k, v = (normal(2, 3, 8, seed=seed).to(dtype) for seed in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = pyreg.torch.scaled_dot_product_attention(q, k, v, dropout_p=1e-9)
+        want = F.scaled_dot_product_attention(q, k, v, dropout_p=1e-9)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+def test_attention_of_two_devices_is_refused():
+    q = torch.ones(2, 3, 4)
+    for function in (F.scaled_dot_product_attention, pyreg.torch.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError, match="same device type"):
+            function(q, q.to("meta"), q, dropout_p=0.5)

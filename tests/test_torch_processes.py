@@ -301,3 +301,42 @@ print(torch.compile(f, fullgraph=True)(x).tolist())
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
     assert printed[0] == printed[1]
+
+
+def test_a_handler_that_draws_leaves_the_key_of_the_interrupted_call():
+    code = """
+import signal, torch, pyreg.torch
+other, x = torch.Generator(), torch.ones(64)
+signal.signal(signal.SIGALRM, lambda *_: pyreg.torch.dropout(x, 0.5, generator=other))
+want = pyreg.torch.dropout(x, 0.5, generator=torch.Generator().manual_seed(0))
+signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-4)
+wrong = sum(
+    not torch.equal(pyreg.torch.dropout(x, 0.5, generator=torch.Generator().manual_seed(0)), want) for _ in range(20000)
+)
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(wrong)
+"""
+    assert python(code, warnings="ignore", timeout=120) == "0"
+
+
+def test_a_handler_that_forks_amid_a_call():
+    code = """
+import os, signal, torch, pyreg.torch
+x, children, parent = torch.ones(1 << 24), [], os.getpid()
+def fork(*_):
+    if os.getpid() == parent and len(children) < 4:
+        children.append(os.fork())
+        if not children[-1]:
+            signal.alarm(30)
+signal.signal(signal.SIGVTALRM, fork)
+for _ in range(60):
+    signal.setitimer(signal.ITIMER_VIRTUAL, 3e-3)
+    pyreg.torch.dropout(x, 0.5, inplace=True)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    if os.getpid() != parent:
+        os._exit(0)
+assert children
+assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+print("ended")
+"""
+    assert python(code, warnings="ignore", timeout=120) == "ended"

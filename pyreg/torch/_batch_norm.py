@@ -54,8 +54,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x, weight and bias."""
     dx = _new(x)
-    scale, *known = _values(weight, x), _values(mean, x), _values(var, x)
-    arrays = _array(dy), _array(x), 1, eps, False, scale, None, None, *known, _array(dx), None
+    scale, mean_of_x, var_of_x = _values(weight, x), _values(mean, x), _values(var, x)
+    arrays = _array(dy), _array(x), 1, eps, False, scale, None, None, mean_of_x, var_of_x, _array(dx), None
     others = None, None, torch.get_num_threads(), ONE_OPENMP
     dweight, dbias = _core.batch_norm_backward(CODES[x.dtype], *arrays, *others)
     return dx, _tensor(dweight), _tensor(dbias)
