@@ -149,7 +149,8 @@ def markdown(result):
         ]
         for record in records
     ]
-    header = ["model", "threads", *(n for n in VARIANTS if n != "off"), "MiB saved, off", "saved, torch", "saved, accelerate"]
+    saved = ["MiB saved, off", "saved, torch", "saved, accelerate"]
+    header = ["model", "threads", *(n for n in VARIANTS if n != "off"), *saved]
     where = f"{machine.title(result['machine'])}; {machine.versions(result['machine'], ('torch', 'transformers'))}"
     return f"Time of a step over that without dropout, on {where}.\n\n{output.markdown_table(header, rows, left=1)}"
 
