@@ -443,6 +443,7 @@ def test_a_generator_in_compiled_code(dynamo):
     assert_bits(got, want)
 
 
+@pytest.mark.slow
 def test_inductor_has_the_bits_of_eager_code(tmp_path):
     code = """
 import torch, pyreg.torch
