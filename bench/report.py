@@ -85,12 +85,15 @@ def filled(text, results):
     return re.sub(r"<!-- bench: (.*?) -->\n.*?<!-- /bench -->", part, text, flags=re.DOTALL)
 
 
+def together(results):
+    """Those that are made in one run, on one machine."""
+    return {name: result for name, result in results.items() if name not in ON_THEIR_OWN}
+
+
 def machines(results):
     """The machine, which is the same for all files if they were made together, and the time of each file."""
     texts = []
-    for name, result in results.items():
-        if name in ON_THEIR_OWN:
-            continue
+    for name, result in together(results).items():
         found = result["machine"]
         busy = found["busy CPUs at the start"]
         quick = ", quick" * result["quick"]
@@ -122,9 +125,7 @@ def losses(results):
 def noise(results):
     """How many ratios may come out differently in another run."""
     rows = []
-    for name, result in results.items():
-        if name in ON_THEIR_OWN:
-            continue
+    for name, result in together(results).items():
         found = list(output.ratios(result["records"]))
         if found:
             doubtful = sum(output.unsteady(r) for r in found)

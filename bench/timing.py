@@ -43,11 +43,29 @@ def interleave(contenders, args, pairs=()):
     contenders within a round is steadier than their times.  As long as the median ratio of a pair is unsteady there are
     more rounds, up to three times as many.
     """
-    timers = {name: timeit.Timer(call) for name, call in contenders.items()}
-    calls, samples = {}, {name: [] for name in contenders}
-    for name, timer in timers.items():
-        timer.timeit(1)  # compiles, starts threads, touches memory
-        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / timer.timeit(1)))
+    return take_turns({name: sampler(call) for name, call in contenders.items()}, args, pairs)
+
+
+def sampler(call):
+    """A call that returns the seconds which the given one takes, in a sample of it."""
+    timer = timeit.Timer(call)
+    timer.timeit(1)  # compiles, starts threads, touches memory
+    calls = max(1, math.ceil(SAMPLE_SECONDS / timer.timeit(1)))
+    seconds = -1.0  # so that the first sample is warm, too
+
+    def sample():
+        nonlocal seconds
+        if seconds < WARM_BELOW_SECONDS:
+            timer.timeit(1)
+        seconds = timer.timeit(calls) / calls
+        return seconds
+
+    return sample
+
+
+def take_turns(samplers, args, pairs=()):
+    """The samples of ``interleave``, of calls that return seconds."""
+    samples = {name: [] for name in samplers}
     start = time.perf_counter()
     for done in range(3 * args.rounds):
         spent = time.perf_counter() - start
@@ -55,24 +73,8 @@ def interleave(contenders, args, pairs=()):
             break
         if done % args.rounds == 0 and done and not any(unsteady(summary(ratio(samples, *p))) for p in pairs):
             break
-        for name, timer in timers.items():
-            if not samples[name] or samples[name][-1] < WARM_BELOW_SECONDS:
-                timer.timeit(1)
-            samples[name].append(timer.timeit(calls[name]) / calls[name])
-    return {name: np.array(s) for name, s in samples.items()}
-
-
-def samples_of(contenders, args):
-    """The same for contenders that take their time themselves: calls that return seconds."""
-    samples = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
-    start = time.perf_counter()
-    for done in range(args.rounds):
-        if done >= min(args.rounds, LEAST_ROUNDS) and time.perf_counter() - start > args.seconds:
-            break
-        for name, call in contenders.items():
-            samples[name].append(call())
+        for name, sample in samplers.items():
+            samples[name].append(sample())
     return {name: np.array(s) for name, s in samples.items()}
 
 

@@ -114,8 +114,8 @@ def measure(model, threads, args):
     steps = {name: Step(model, name, args.compile) for name in VARIANTS}
     about = {name: {"saved bytes": s.saved_bytes(), "peak bytes": s.peak_bytes()} for name, s in steps.items()}
     clock = time.process_time if args.cpu_time else time.perf_counter
-    samples = timing.samples_of({name: lambda step=step: step.seconds(clock) for name, step in steps.items()}, args)
-    times = timing.compared(samples, PAIRS)
+    calls = {name: lambda step=step: step.seconds(clock) for name, step in steps.items()}
+    times = timing.compared(timing.take_turns(calls, args, PAIRS), PAIRS)
     m = MODELS[model]
     described = {"model": model, "width": m.width, "depth": m.depth, "p": m.p, "shape": m.shape}
     return {**described, "threads": threads, "compiled": args.compile, **times, "variants": about}

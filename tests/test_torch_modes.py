@@ -520,6 +520,7 @@ def test_fake_tensors():
             assert dx.shape == x.shape
         inside = x.detach().clone()
         assert dropout(inside, 0.5, inplace=True) is inside
+    assert type(dropout(inside, 0.5)) is FakeTensor  # also outside of its mode
 
 
 def test_a_mode_sees_the_operator():

@@ -1,6 +1,5 @@
 """Dropout and batch-norm of all eager code of the process on CPUs: torch's own operators, with other kernels."""
 
-import contextlib
 import threading
 import warnings
 from collections.abc import Callable
@@ -109,10 +108,6 @@ def accelerate(*, dropout: bool = True, batch_norm: bool = False) -> Accelerated
     return Accelerated(kinds)
 
 
-def _is_eager(x: Any) -> bool:
-    return not torch.compiler.is_compiling() and not _compat.is_transformed() and _compat.is_plain(x)
-
-
 def _stock(name: str, key: Any) -> Callable[..., Any]:
     """Torch's own kernel; to be asked for before another is registered."""
     kernel = torch.library.get_kernel(name, key.name)
@@ -121,9 +116,6 @@ def _stock(name: str, key: Any) -> Callable[..., Any]:
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
-
-
-_BELOW_AUTOGRAD = {_Key.AutogradCPU: contextlib.nullcontext, _Key.CPU: torch.no_grad}
 
 
 def _install_dropout(library: Any) -> None:
@@ -136,13 +128,13 @@ def _install_dropout(library: Any) -> None:
 def _dropout_kernel(name: str, key: Any) -> Callable[..., Tensor]:
     stock = _stock(f"aten::{name}", key)
     of_channels, in_place = name.startswith("feature"), name.endswith("_")
+    apply = torch.no_grad()(drop) if key == _Key.CPU else drop  # below autograd
 
     def kernel(x: Tensor, p: float, train: bool) -> Tensor:
         if not train and 0 <= p <= 1:
             return x
         if train and (not of_channels or x.dim() > 2):
-            with _BELOW_AUTOGRAD[key]():
-                y = drop(x, p, tuple(range(2, x.dim())) if of_channels else (), in_place, only_eager=True)
+            y = apply(x, p, tuple(range(2, x.dim())) if of_channels else (), in_place, only_eager=True)
             if y is not None:
                 return y
         return stock(x, p, train)
@@ -168,12 +160,10 @@ def _install_batch_norm(library: Any) -> None:
         eps: float,
     ) -> Any:
         statistics = running_mean, running_var
-        if not (training and eps > 0 and _is_eager(x) and _batch_norm.takes(x, *statistics, weight, bias)):
+        if not (training and _batch_norm.takes(x, *statistics, weight, bias, eps)):
             return stock(x, weight, bias, *statistics, training, momentum, eps)
         y, mean, var = _batch_norm.normalise(x, weight, bias, eps)
-        if running_mean is not None and running_var is not None:
-            _batch_norm.update_running(running_mean, mean, momentum)
-            _batch_norm.update_running(running_var, _batch_norm.unbiased(var, x), momentum)
+        _batch_norm.update_running(*statistics, mean, var, x, momentum)
         # What is kept for the backward pass has the dtype of the parameters, as torch has it.
         others = [value for value in (weight, bias, *statistics) if value is not None]
         dtype = others[0].dtype if others else x.dtype
@@ -191,9 +181,10 @@ def _install_batch_norm(library: Any) -> None:
         eps: float,
         wanted: list[bool],
     ) -> Any:
-        ours = train and _is_eager(x) and _is_eager(dy) and dy.dtype is x.dtype
+        ours = train and _batch_norm.takes(x, None, None, weight, None, eps)
+        ours = ours and _compat.is_plain(dy) and dy.dtype is x.dtype
         ours = ours and all(a is None or (a.dtype is torch.float64) == (x.dtype is torch.float64) for a in (mean, rstd))
-        if mean is None or rstd is None or eps <= 0 or not (ours and _batch_norm.takes(x, None, None, weight, None)):
+        if mean is None or rstd is None or not ours:
             return stock_backward(dy, x, weight, running_mean, running_var, mean, rstd, train, eps, wanted)
         # What torch keeps is 1 / sqrt(var + eps); the kernel adds its epsilon, here 0, to a variance.
         dx, dweight, dbias = _batch_norm.gradients(dy, x, weight, mean, rstd.double().pow(-2), 0.0)

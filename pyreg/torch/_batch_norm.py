@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from pyreg import _core
 from pyreg.torch import _compat
-from pyreg.torch._drop import CODES, ONE_OPENMP
+from pyreg.torch._drop import CODES
+from pyreg.torch._threads import ONE_OPENMP
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -78,8 +79,7 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled() or not _compat.is_plain(dy) or dy.dtype is not x.dtype:
             # torch's gradient has a gradient itself, and takes batches of dy.
-            wanted = [need and present for need, present in zip(ctx.needs_input_grad, (True, True, True), strict=False)]
-            rstd = (var + ctx.eps).rsqrt()
+            rstd, wanted = (var + ctx.eps).rsqrt(), ctx.needs_input_grad[:3]
             return *_stock_backward(dy, x, weight, None, None, mean, rstd, True, ctx.eps, wanted), None
         dx, dweight, dbias = gradients(dy, x, weight, mean, var, ctx.eps)
         return (
@@ -96,9 +96,11 @@ _stock_backward = torch.ops.aten.native_batch_norm_backward.default
 # ---- The function ----------------------------------------------------------------------------------------------------
 
 
-def takes(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any) -> bool:
+def takes(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: Any) -> bool:
     """Whether a training call is one for the kernels: all plain and fitting, and more than one element per channel."""
-    if not (_compat.is_plain(x) and x.dtype in CODES and x.dim() >= 2 and x.numel() > x.shape[1]):
+    if not (_compat.is_eager(x) and x.dtype in CODES and x.dim() >= 2 and x.numel() > x.shape[1]):
+        return False
+    if not (isinstance(eps, float) and _LEAST_EPS < eps < float("inf")):
         return False
     for value in (running_mean, running_var, weight, bias):
         if value is not None and not (_compat.is_plain(value) and value.shape == x.shape[1:2]):
@@ -111,18 +113,23 @@ def takes(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any) -
     return fit and len(dtypes) <= 1 and (running_mean is None) == (running_var is None)
 
 
-def update_running(running: Tensor, value: Tensor, momentum: float) -> None:
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, x: Tensor, momentum: float
+) -> None:
+    """A step of both towards the statistics of x, of which torch has the unbiased variance."""
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1]
+        _step(running_mean, mean, momentum)
+        _step(running_var, var * (count / (count - 1)), momentum)
+
+
+def _step(running: Tensor, value: Tensor, momentum: float) -> None:
     # .data: as torch does, without notice to autograd, which may have kept it for an evaluation.
     old = running.data
     if old.dtype is value.dtype:
         old.mul_(1 - momentum).add_(value, alpha=float(momentum))
     else:  # a half type, in which the value alone may overflow
         old.copy_(value.mul(momentum).add_(old.to(value.dtype), alpha=1 - momentum))
-
-
-def unbiased(var: Tensor, x: Tensor) -> Tensor:
-    count = x.numel() // x.shape[1]
-    return var * (count / (count - 1))
 
 
 def batch_norm(
@@ -174,15 +181,12 @@ def batch_norm(
     """
     if (
         not training
-        or torch.compiler.is_compiling()
-        or _compat.is_transformed()
+        or torch.compiler.is_compiling()  # first: the rest is not to be traced
         or _compat.tracing_state() is not None
-        or not (isinstance(momentum, (float, int)) and isinstance(eps, float) and _LEAST_EPS < eps < float("inf"))
-        or not takes(input, running_mean, running_var, weight, bias)
+        or not isinstance(momentum, (float, int))
+        or not takes(input, running_mean, running_var, weight, bias, eps)
     ):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, mean, var = _BatchNorm.apply(input, weight, bias, eps)
-    if running_mean is not None and running_var is not None:
-        update_running(running_mean, mean, momentum)
-        update_running(running_var, unbiased(var, input), momentum)
+    update_running(running_mean, running_var, mean, var, input, momentum)
     return y

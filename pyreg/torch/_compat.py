@@ -4,46 +4,33 @@ All are there from torch 2.8 on.  Where one is gone, importing ``pyreg.torch`` f
 of torch would be wrong in silence.
 """
 
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-
-def openmp_libraries() -> int:
-    """How many OpenMP libraries the process has loaded; 0 where the system does not say."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return 0
-    files = {line.rpartition("/")[2] for line in maps.splitlines() if "/" in line}
-    return len({file for file in files if re.match(r"lib(g?omp|iomp)[-.\d]", file)})
-
-
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 
-is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_fake(x: Any) -> bool:
-    """Whether x has a shape and no elements."""
-    return type(x) is FakeTensor
+    """Whether x has a shape and no elements, and a mode is active that takes such tensors."""
+    return type(x) is FakeTensor and dispatch_modes() > 0
+
+
+def is_disguised(x: Any) -> bool:
+    """Whether a strided tensor of torch's own type is not the memory that it looks like."""
+    return x.is_neg() or x._is_zerotensor() or _is_batched(x)
 
 
 def is_plain(x: Any) -> bool:
     """Whether x is memory that a kernel can read and write, and nothing else, outside of torch.func."""
-    return (
-        type(x) in PLAIN_TYPES
-        and x.layout is torch.strided
-        and x.is_cpu
-        and not (x.is_neg() or x.is_nested or x._is_zerotensor() or is_batched(x))
-    )
+    return type(x) in PLAIN_TYPES and x.layout is torch.strided and x.is_cpu and not (x.is_nested or is_disguised(x))
 
 
 def is_functionalized() -> bool:
@@ -55,6 +42,11 @@ def is_functionalized() -> bool:
 def is_transformed() -> bool:
     """Whether torch.func, forward mode or a dispatch mode looks at what is computed."""
     return functorch_is_active() or forward_is_active() or dispatch_modes() > 0
+
+
+def is_eager(x: Any) -> bool:
+    """Whether a plain tensor is computed with now, and nothing records or transforms that."""
+    return not torch.compiler.is_compiling() and not is_transformed() and is_plain(x)
 
 
 def saved_tensors_are_hooked() -> bool:

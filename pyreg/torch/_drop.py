@@ -16,16 +16,13 @@ import torch
 from pyreg import _arguments as arg
 from pyreg import _core
 from pyreg.torch import _compat
+from pyreg.torch._threads import ONE_OPENMP
 
 Tensor: TypeAlias = torch.Tensor
 Key: TypeAlias = int | Tensor
 
 CODES = {torch.float32: _core.F32, torch.float64: _core.F64, torch.float16: _core.F16, torch.bfloat16: _core.BF16}
 _CPU = torch.device("cpu")
-
-# Torch's threads spin for milliseconds between its operations.  Where they are those of the OpenMP library that pyreg
-# uses, too, they help; others would wait for their CPUs.
-ONE_OPENMP = _compat.openmp_libraries() == 1
 
 
 # ---- Keys ------------------------------------------------------------------------------------------------------------
@@ -155,6 +152,11 @@ _dropout_in_place = _compat.fast_apply(_DropoutInPlace)
 # ---- torch.func and forward mode -------------------------------------------------------------------------------------
 
 
+def _keep_tensor(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _, key, ctx.p, ctx.shared = inputs
+    ctx.save_for_backward(key)
+
+
 class _Transformable(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
@@ -164,9 +166,8 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, key, ctx.p, ctx.shared = inputs
-        ctx.save_for_backward(key)
-        ctx.save_for_forward(key)
+        _keep_tensor(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -208,16 +209,11 @@ def _(x: Tensor, key: Tensor, p: float, shared: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _setup_op(ctx: Any, inputs: Any, output: Tensor) -> None:
-    _, key, ctx.p, ctx.shared = inputs
-    ctx.save_for_backward(key)
-
-
 def _op_backward(ctx: Any, dy: Tensor) -> Any:
     return torch.ops.pyreg.dropout.default(dy, *ctx.saved_tensors, ctx.p, ctx.shared), None, None, None
 
 
-_op.register_autograd(_op_backward, setup_context=_setup_op)
+_op.register_autograd(_op_backward, setup_context=_keep_tensor)
 
 
 @_op.register_vmap
@@ -245,9 +241,7 @@ def _route(x: Any, p: Any) -> int:
             return _STOCK
     if not x.is_cpu or x.dtype not in CODES or x.layout is not torch.strided or x.is_nested or not x.numel():
         return _STOCK
-    if compiled or _compat.is_transformed():
-        return _TRACED
-    return _TRACED if x.is_neg() or x._is_zerotensor() or _compat.is_batched(x) else _EAGER
+    return _TRACED if compiled or _compat.is_transformed() or _compat.is_disguised(x) else _EAGER
 
 
 def _drop_now(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
@@ -257,9 +251,8 @@ def _drop_now(x: Tensor, key: Key, p: float, shared: tuple[int, ...]) -> Tensor:
 
 
 def _drop_traced(x: Tensor, key: Tensor, p: float, shared: tuple[int, ...]) -> Tensor:
-    if torch.compiler.is_compiling() or _compat.is_functionalized():
-        return torch.ops.pyreg.dropout.default(x, key, p, shared)
-    if _compat.functorch_is_active() or _compat.forward_is_active():
+    derived = _compat.functorch_is_active() or _compat.forward_is_active()
+    if derived and not (torch.compiler.is_compiling() or _compat.is_functionalized()):
         return _Transformable.apply(x, key, p, shared)
     return torch.ops.pyreg.dropout.default(x, key, p, shared)
 
