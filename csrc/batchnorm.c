@@ -564,6 +564,15 @@ static void fill(const struct batchnorm *bn, void *p, double v) {
     for (size_t c = 0; p && c < (size_t)args->shape[args->axis]; c++) put(bn, p, c, v);
 }
 
+/* The sweep of forward and inference. */
+static void set_normalise_operands(struct operand *sweep, size_t size, struct pyreg_array x,
+                                   struct pyreg_array residual, struct pyreg_array y) {
+    memset(sweep, 0, BN_OPERANDS * sizeof *sweep);
+    sweep[BN_X] = (struct operand){x, size, false};
+    sweep[BN_RESIDUAL] = (struct operand){residual, size, false};
+    sweep[BN_Y] = (struct operand){y, size, true};
+}
+
 enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm_forward *args) {
     size_t elements;
     enum pyreg_status status = check(&args->common, &elements);
@@ -581,8 +590,8 @@ enum pyreg_status pyreg_batchnorm_forward(const struct pyreg_batchnorm_forward *
     }
     const size_t size = dispatch_bytes(args->common.dtype);
     const struct operand sums[BN_OPERANDS] = {[BN_X] = {args->x, size, false}, [BN_MASK] = {args->mask, 1, false}};
-    const struct operand sweep[BN_OPERANDS] = {
-        [BN_X] = {args->x, size, false}, [BN_RESIDUAL] = {args->residual, size, false}, [BN_Y] = {args->y, size, true}};
+    struct operand sweep[BN_OPERANDS];
+    set_normalise_operands(sweep, size, args->x, args->residual, args->y);
     return run(&bn, sums, sweep, elements, 0.5);
 }
 
@@ -591,9 +600,8 @@ enum pyreg_status pyreg_batchnorm_inference(const struct pyreg_batchnorm_inferen
     enum pyreg_status status = check(&args->common, &elements);
     if (status || elements == 0) return status;
     struct batchnorm bn = {.pass = &inference, .args = &args->common, .mean = args->mean, .var = args->var};
-    const size_t size = dispatch_bytes(args->common.dtype);
-    const struct operand sweep[BN_OPERANDS] = {
-        [BN_X] = {args->x, size, false}, [BN_RESIDUAL] = {args->residual, size, false}, [BN_Y] = {args->y, size, true}};
+    struct operand sweep[BN_OPERANDS];
+    set_normalise_operands(sweep, dispatch_bytes(args->common.dtype), args->x, args->residual, args->y);
     return run(&bn, sweep, sweep, elements, 0.3);
 }
 

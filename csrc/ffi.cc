@@ -58,11 +58,7 @@ int64_t elements_of(Dims dims) {
     return n;
 }
 
-/* Strides of a dense array in C order, in steps of `size`. */
-void set_strides(Dims dims, size_t size, int64_t *strides) {
-    int64_t step = static_cast<int64_t>(size);
-    for (size_t d = dims.size(); d-- > 0; step *= dims[d]) strides[d] = step;
-}
+void set_strides(Dims dims, size_t size, int64_t *strides) { c_strides(dims.size(), dims.begin(), size, strides); }
 
 size_t bytes_of(ffi::AnyBuffer x) { return ffi::ByteWidth(x.element_type()); }
 

@@ -154,16 +154,13 @@ static void plan_long_rows(struct rows *rows, struct dim *dims) {
 void rows_plan(struct rows *rows, const struct pyreg_dropout *args, size_t size, size_t worth) {
     struct dim dims[PYREG_MAX_DIMS + 1]; /* plan_long_rows takes a row apart, into two */
     int n = 0, row = 0;
-    size_t step = 1;
-    for (int d = 0; d < args->ndim; d++) step *= (size_t)args->shape[d];
+    int64_t in_c_order[PYREG_MAX_DIMS];
+    const int64_t *mask = args->mask_strides ? args->mask_strides : in_c_order;
+    if (!args->mask_strides) c_strides((size_t)args->ndim, args->shape, 1, in_c_order);
     for (int d = 0; d < args->ndim; d++) {
-        const size_t length = (size_t)args->shape[d];
-        step /= length; /* of the mask in C order */
-        const struct dim dim = {length,
-                                {[X] = args->x.strides[d],
-                                 [Y] = args->y.strides[d],
-                                 [MASK] = args->mask_strides ? args->mask_strides[d] : (int64_t)step}};
-        if (length != 1) n = append_dim(dims, n, &dim);
+        const struct dim dim = {(size_t)args->shape[d],
+                                {[X] = args->x.strides[d], [Y] = args->y.strides[d], [MASK] = mask[d]}};
+        if (dim.length != 1) n = append_dim(dims, n, &dim);
     }
     const int64_t next = (int64_t)size;
     if (n == 0) dims[n++] = (struct dim){1, {[X] = next, [Y] = next, [MASK] = 1}};

@@ -15,6 +15,11 @@ enum pyreg_status count_elements(int ndim, const int64_t *shape, size_t *element
     return PYREG_OK;
 }
 
+void c_strides(size_t ndim, const int64_t *shape, size_t size, int64_t *strides) {
+    int64_t step = (int64_t)size;
+    for (size_t d = ndim; d-- > 0; step *= shape[d]) strides[d] = step;
+}
+
 int append_dim(struct dim *dims, int n, const struct dim *dim) {
     bool one = n > 0;
     for (int k = 0; one && k < MAX_OPERANDS; k++)

@@ -19,6 +19,9 @@ struct dim {
 /* PYREG_BAD_SHAPE for what pyreg.h does not allow, else the number of elements. */
 enum pyreg_status count_elements(int ndim, const int64_t *shape, size_t *elements);
 
+/* Strides of a dense array in C order whose elements are `size` apart. */
+void c_strides(size_t ndim, const int64_t *shape, size_t size, int64_t *strides);
+
 /* Appends a dim to the n before it, as one with the last if they are one in all operands; returns the new n. */
 int append_dim(struct dim *dims, int n, const struct dim *dim);
 

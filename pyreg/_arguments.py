@@ -310,6 +310,10 @@ def as_offset(offset: int, size: int) -> int:
     return offset % (1 << 64)  # of an array without elements it may be 2**64
 
 
+def packed_bytes(bits: int) -> int:
+    return (bits + 7) // 8
+
+
 def as_mask_strides(shape: tuple[int, ...], broadcast_dims: Dims) -> tuple[int, ...]:
     return mask_strides(shape, mask_shape(shape, broadcast_dims))
 

@@ -87,12 +87,9 @@ def _apply(
 ) -> Array:
     x, code = arg.as_input(x, name)
     rate, generator = arg.as_rate(rate), arg.as_generator(impl)
-    size, strides = x.size, None
-    if broadcast_dims is not arg.NO_DIMS:
-        lengths = arg.mask_shape(x.shape, broadcast_dims)
-        size, strides = math.prod(lengths), arg.mask_strides(x.shape, lengths)
+    strides = None if broadcast_dims is arg.NO_DIMS else arg.as_mask_strides(x.shape, broadcast_dims)
     if offset is not _NO_OFFSET:
-        offset = arg.as_offset(offset, size)
+        offset = arg.as_offset(offset, math.prod(arg.mask_shape(x.shape, broadcast_dims)))
     if key is not None:
         if rng is not None:
             raise TypeError("both key and rng are given; wanted one of them")
@@ -282,7 +279,7 @@ def dropout_mask(
     n = math.prod(shape)
     offset = arg.as_offset(offset, n)
     packed = arg.as_flag(packed, "packed")
-    out: Array = np.empty((n + 7) // 8, np.uint8) if packed else np.empty(shape, np.bool_)
+    out: Array = np.empty(arg.packed_bytes(n), np.uint8) if packed else np.empty(shape, np.bool_)
     _core.dropout_mask(n, out, packed, generator, key, rate, offset)
     return out
 

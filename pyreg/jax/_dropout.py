@@ -172,7 +172,7 @@ def _native(x: jax.Array, words: jax.Array, numbers: jax.Array, *, reuse: bool, 
         return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=reuse, generator=generator)
     # The bits alone are one operation in forward and backward pass, so a program that has both makes them once.
     batch = tuple(n if n != 1 else m for n, m in zip(words.shape[:-1], numbers.shape[:-1], strict=True))
-    packed = jax.ShapeDtypeStruct((*batch, (math.prod(whole) + 7) // 8), jnp.uint8)
+    packed = jax.ShapeDtypeStruct((*batch, arg.packed_bytes(math.prod(whole))), jnp.uint8)
     bits = jax.ffi.ffi_call("pyreg_dropout_mask_v2", packed)(words, numbers, window, generator=generator)
     return _call("pyreg_dropout_packed_v2", x, bits, numbers, window, reuse=reuse)
 

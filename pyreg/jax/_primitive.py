@@ -67,8 +67,8 @@ def define(
         def bind(*args: Any) -> Any:
             return primitive.bind(*args, **params)
 
-        bind.__qualname__, bind._apply_primitive = name, True  # type: ignore[attr-defined]  # debug_nans ends here
-        return jax.jit(bind)
+        bind.__qualname__ = name
+        return jax.jit(_compat.mark_as_primitive(bind))
 
     def evaluate(*args: Any, **params: Any) -> Any:
         args, params = outside_jit(*args, **params)

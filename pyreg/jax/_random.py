@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax import lax
 
+from pyreg.jax import _compat
+
 __all__ = ["accelerate_random", "threefry2x32"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -48,7 +50,7 @@ def _switch() -> Callable[[], None] | None:
         from jax.extend.random import threefry2x32_p
         from jax.interpreters import mlir
 
-        rules = mlir._platform_specific_lowerings["cpu"]
+        rules = _compat.cpu_lowerings()
         stock = rules[threefry2x32_p]
         # For all sizes: with JAX's loop kept for keys, a model of 12 layers compiled no faster, and ran slower.
         # inline=False: traced once for each shape in a program, not once for each call.

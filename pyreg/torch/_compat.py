@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
+safe_softmax = torch.ops.aten._safe_softmax.default
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

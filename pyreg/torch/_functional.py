@@ -6,6 +6,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
+from pyreg.torch import _compat
 from pyreg.torch._drop import drop
 
 Tensor: TypeAlias = torch.Tensor
@@ -245,7 +246,7 @@ def scaled_dot_product_attention(
             scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
         else:
             scores = scores + attn_mask
-        weights = torch.ops.aten._safe_softmax.default(scores, -1)  # 0 for a query that attends to nothing
+        weights = _compat.safe_softmax(scores, -1)  # 0 for a query that attends to nothing
     return (dropout(weights, dropout_p) @ value).to(dtype)
 
 
