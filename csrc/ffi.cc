@@ -9,6 +9,7 @@
 #include "xla/ffi/api/ffi.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <type_traits>
 
@@ -16,12 +17,34 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-/* Signals are Python's, and these are not Python's threads. */
-class NoInterrupts {
-    bool before = pyreg_allow_interrupts(false);
+std::atomic<bool> use_xla_pool{true};
+
+/* What holds on a thread of XLA's while it calls: XLA's other threads help, and nothing interrupts (signals are
+ * Python's, and this is not a thread of Python's). */
+class OnXlaThread {
+    XLA_FFI_CallFrame *frame;
+    pyreg_pool pool{schedule, this};
+    const bool interrupts = pyreg_allow_interrupts(false);
+    const pyreg_pool *const before = pyreg_use_pool(use_xla_pool.load() ? &pool : nullptr);
+
+    static void schedule(void *self, void (*task)(void *), void *argument) {
+        const XLA_FFI_CallFrame *frame = static_cast<OnXlaThread *>(self)->frame;
+        XLA_FFI_ThreadPool_Schedule_Args args = {};
+        args.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE;
+        args.ctx = frame->ctx, args.task = task, args.data = argument;
+        XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
+        if (!error) return; /* else it has no pool, and the call does without help */
+        XLA_FFI_Error_Destroy_Args destroy = {};
+        destroy.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, destroy.error = error;
+        frame->api->XLA_FFI_Error_Destroy(&destroy);
+    }
 
   public:
-    ~NoInterrupts() { pyreg_allow_interrupts(before); }
+    explicit OnXlaThread(XLA_FFI_CallFrame *frame) : frame(frame) {}
+    ~OnXlaThread() {
+        pyreg_use_pool(before);
+        pyreg_allow_interrupts(interrupts);
+    }
 };
 
 ffi::Error refuse(const char *what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
@@ -80,6 +103,7 @@ template <auto function> XLA_FFI_Error *handler(XLA_FFI_CallFrame *frame) {
     try {
         /* Never destroyed: XLA has threads at exit, too. */
         static const auto *bound = ffi::Ffi::BindTo(function).release();
+        const OnXlaThread here(frame);
         return bound->Call(frame);
     } catch (...) {
         XLA_FFI_Error_Create_Args error = {};
@@ -196,7 +220,6 @@ class Parts {
 template <typename Prepare>
 ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, const Window &window,
                         const pyreg_mask &mask, Prepare prepare) {
-    const NoInterrupts guard;
     const Dims dims = x.dimensions();
     if (dtype_of(x) == PYREG_NUM_DTYPES) return error_of(PYREG_BAD_DTYPE);
     if (dims.size() > PYREG_MAX_DIMS || dims.size() < window.inner) return refuse("x has another number of dims");
@@ -238,7 +261,6 @@ ffi::Error dropout_each(ffi::AnyBuffer x, ffi::AnyBuffer y, Rows a, Rows b, cons
 template <typename Prepare>
 ffi::Error mask_each(Dims keys, Rows numbers, const Window &window, ffi::Result<Bytes> bits, pyreg_mask mask,
                      Prepare prepare) {
-    const NoInterrupts guard;
     const Dims dims = bits->dimensions();
     if (dims.size() == 0 || dims.size() > PYREG_MAX_DIMS ||
         static_cast<size_t>(dims.back()) != window.elements / 8 + (window.elements % 8 != 0))
@@ -451,7 +473,6 @@ using NewArray = ffi::Result<ffi::AnyBuffer>;
 /* epsilon, mean_low: NULL in version 1. */
 ffi::Error forward_each(Problems &&p, Array scale, Array bias, const Words *epsilon, Bools mask, Array residual,
                         Array y, Array mean, const Array *mean_low, Array var) {
-    const NoInterrupts guard;
     if (!p.wrong) {
         p.check_values(scale, true), p.check_values(bias, true), p.check_mask(mask), p.check_array(residual, true);
         p.check_array(y, true), p.check_values(var, false);
@@ -476,7 +497,6 @@ ffi::Error forward_each(Problems &&p, Array scale, Array bias, const Words *epsi
 ffi::Error backward_each(Problems &&p, Array dy, Array dmean, Array dvar, Array mean, Array var, Array scale,
                          const Words *epsilon, Bools mask, Array y, Array dx, Array dscale, Array dbias,
                          Array dresidual) {
-    const NoInterrupts guard;
     if (!p.wrong) {
         p.check_array(dy, false), p.check_array(y, true), p.check_array(dx, false), p.check_array(dresidual, true);
         p.check_values(dmean, true), p.check_values(dvar, true), p.check_values(var, false);
@@ -543,5 +563,7 @@ extern "C" const pyreg_ffi_handler pyreg_ffi_handlers[] = {
     named<batch_norm_backward_v1>("pyreg_batch_norm_backward_v1"),
     {nullptr, nullptr},
 };
+
+extern "C" void pyreg_ffi_use_xla_pool(bool use) { use_xla_pool = use; }
 
 extern "C" const int pyreg_ffi_api[2] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};

@@ -2,6 +2,8 @@
 #ifndef PYREG_FFI_H
 #define PYREG_FFI_H
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -12,11 +14,13 @@ struct pyreg_ffi_handler {
 };
 
 #ifdef PYREG_FFI
+void pyreg_ffi_use_xla_pool(bool use); /* do XLA's threads help in calls from it (the default), or the library's? */
 extern const struct pyreg_ffi_handler pyreg_ffi_handlers[];
 extern const int pyreg_ffi_api[2]; /* major and minor version of XLA's interface that they are built for */
 #else
 static const struct pyreg_ffi_handler pyreg_ffi_handlers[] = {{0}};
 static const int pyreg_ffi_api[2];
+static inline void pyreg_ffi_use_xla_pool(bool use) { (void)use; }
 #endif
 
 #ifdef __cplusplus

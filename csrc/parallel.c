@@ -1,6 +1,7 @@
 /* Threads of our own, because OpenMP ends the process when one cannot be created, waits for ever in a forked child, and
- * makes a team for each thread that calls: XLA has many.  One pool serves all calls.  Each call's own thread works, and
- * would finish it alone; a helper that comes late, or never, is not waited for. */
+ * makes a team for each thread that calls: XLA has many.  One pool serves all calls but those whose caller has a team or
+ * a pool itself.  Each call's own thread works, and would finish it alone; a helper that comes late, or never, is not
+ * waited for. */
 #include "parallel.h"
 
 #include "arith.h"
@@ -47,6 +48,7 @@ struct call {
     thread_t caller;
     struct call *outer; /* of the same thread, whose interrupt check called us */
     const struct threads *threads;
+    const struct pyreg_pool *pool; /* whose threads help; NULL: ours */
 
     atomic_size_t next, done; /* chunks claimed, and finished */
     atomic_bool stop;         /* the interrupt check said so */
@@ -167,12 +169,17 @@ static void help_with(struct call *call) {
     }
 }
 
+static struct call *call_that_wants_help(void) {
+    struct call *call = calls;
+    for (int working = at_work(); call && helpers_wanted(call, working) <= 0;) call = call->listed;
+    return call;
+}
+
 static void *help(void *unused) {
     struct cpus cpus = {{0}}; /* where this thread may run */
     lock_take(&lock);
     for (;;) {
-        struct call *call = calls;
-        for (int working = at_work(); call && helpers_wanted(call, working) <= 0;) call = call->listed;
+        struct call *call = call_that_wants_help();
         if (!call) {
             unsigned seen = atomic_load(&news);
             idle++;
@@ -191,11 +198,28 @@ static void *help(void *unused) {
     return unused;
 }
 
+/* Of a pool; it may come late, when the call is gone. */
+static void help_once(void *unused) {
+    (void)unused;
+    if (own_get(current)) return; /* the pool has run it at once, on the thread of the call */
+    const fp_mode mode = fp_get();
+    lock_take(&lock);
+    struct call *call = call_that_wants_help();
+    if (call) help_with(call);
+    lock_give(&lock);
+    fp_set(mode);
+}
+
 static void call_helpers(struct call *call) {
     lock_take(&lock);
     call->listed = calls;
     calls = call;
     int wanted = helpers_wanted(call, at_work());
+    if (call->pool) {
+        lock_give(&lock);
+        for (; wanted > 0; wanted--) call->pool->schedule(call->pool->context, help_once, NULL);
+        return;
+    }
     for (int missing = wanted - idle; missing > 0 && helpers < call->threads->useful - 1; missing--) {
         if (!thread_start(help, &call->threads->cpus)) break; /* so be it */
         helpers++;
@@ -237,6 +261,15 @@ static atomic_bool forked; /* then OpenMP's threads are not there, and it waits 
 bool pyreg_use_team(bool use) {
     bool before = own_get(on_team);
     own_set(on_team, use ? &on_team : NULL);
+    return before;
+}
+
+/* ---- Another library's pool: what helps is a task that looks, once, for a call that wants help --------------------- */
+static own_t pool;
+
+const struct pyreg_pool *pyreg_use_pool(const struct pyreg_pool *use) {
+    const struct pyreg_pool *before = own_get(pool);
+    own_set(pool, (void *)(intptr_t)use);
     return before;
 }
 
@@ -294,6 +327,7 @@ AT_LOAD static void at_load(void) {
     own_init(&current);
     own_init(&no_interrupts);
     own_init(&on_team);
+    own_init(&pool);
     at_fork(before_fork, in_parent, in_child);
 }
 
@@ -324,6 +358,7 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
                         .work = work,
                         .mode = mode,
                         .threads = threads,
+                        .pool = own_get(pool),
                         .caller = thread_self(),
                         .outer = own_get(current),
                         /* A handler might fork, and in the child OpenMP would wait for the rest of the team. */

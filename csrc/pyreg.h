@@ -182,6 +182,14 @@ int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns
  * such a call is to be interrupted.  Returns what held before. */
 bool pyreg_use_team(bool use);
 
+/* Another library's pool, whose threads help in calls from this thread, instead of the library's own: schedule() has
+ * task(argument) run on one of them, now, later or never.  NULL: none.  Returns what held before. */
+struct pyreg_pool {
+    void (*schedule)(void *context, void (*task)(void *argument), void *argument);
+    void *context;
+};
+const struct pyreg_pool *pyreg_use_pool(const struct pyreg_pool *pool);
+
 /* OpenMP may pin the thread that loads it to a CPU (OMP_PROC_BIND).  Says that the loader has undone that, so that a
  * main thread with that affinity has it from elsewhere. */
 void pyreg_unpinned(void);

@@ -1,5 +1,5 @@
 /* How many threads a call may have, by the caller, the operating system and OpenMP's settings.  The only file that
- * knows OpenMP; but for a team that was asked for, threads are our own, in parallel.c. */
+ * knows OpenMP; but for a team or a pool that was asked for, threads are our own, in parallel.c. */
 #ifndef PYREG_THREADS_H
 #define PYREG_THREADS_H
 

@@ -129,3 +129,4 @@ cdef extern from "ffi.h" nogil:
         void *handler
     const pyreg_ffi_handler *pyreg_ffi_handlers
     const int *pyreg_ffi_api
+    void pyreg_ffi_use_xla_pool(c_bool use)

@@ -470,6 +470,11 @@ def ffi_api():
     return pyreg_ffi_api[0], pyreg_ffi_api[1]
 
 
+def ffi_use_xla_pool(bint use):
+    """Whether XLA's threads help in calls from it, or pyreg's."""
+    pyreg_ffi_use_xla_pool(use)
+
+
 def config():
     use_asked_threads()
     return {

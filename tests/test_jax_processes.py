@@ -90,3 +90,45 @@ def test_example():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV, check=True)
     assert "2 processes" in done.stdout
     assert len(done.stdout.splitlines()) == 5
+
+
+THREADS = """
+import os, sys
+import jax, numpy as np
+import pyreg.jax
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+x = jax.numpy.ones(1 << 22)
+f = jax.jit(lambda x: pyreg.jax.dropout(x, 0.1, key=jax.random.key(0), impl="philox"))
+g = jax.jit(lambda x: x * 2)
+jax.block_until_ready(g(x))
+before = threads()
+y = [np.asarray(f(x)) for _ in range(10)]
+print(threads() - before, all((a == y[0]).all() for a in y))
+print((y[0] == pyreg.dropout(np.asarray(x), 0.1, key=np.asarray(jax.random.key_data(jax.random.key(0))))).all())
+"""
+
+
+def run_with(threads):
+    env = {**ENV, "PYREG_JAX_THREADS": threads}
+    command = [sys.executable, "-P", "-c", THREADS]
+    return subprocess.run(command, env=env, cwd=Path.home(), capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs")
+def test_xla_has_no_more_threads_than_without_pyreg():
+    for threads, more in (("", 0), ("xla", 0), ("pyreg", 1)):
+        result = run_with(threads)
+        assert result.returncode == 0, result.stderr
+        grown, same, right = result.stdout.split()
+        assert (same, right) == ("True", "True")
+        assert int(grown) >= more if more else int(grown) == 0, (threads, result.stdout)
+
+
+def test_a_wrong_name_of_threads_is_refused():
+    result = run_with("mine")
+    assert result.returncode == 1
+    assert "PYREG_JAX_THREADS is 'mine'; wanted xla or pyreg" in result.stderr

@@ -16,6 +16,8 @@ from pyreg import _core
 
 VARIABLE = "PYREG_JAX_BACKEND"
 BACKENDS = ("ffi", "jax", "callback")  # by default the first that works, but not the last
+THREADS_VARIABLE = "PYREG_JAX_THREADS"
+THREADS = ("xla", "pyreg")  # whose threads help in a call from XLA; by default the first
 
 _lock = threading.Lock()
 _chosen: tuple[str, str] | None = None  # the backend, and why it is that one
@@ -119,6 +121,10 @@ def _register() -> str | None:
         return "pyreg was built without XLA's headers"
     if _registered:
         return None
+    threads = os.environ.get(THREADS_VARIABLE) or THREADS[0]
+    if threads not in THREADS:
+        raise ValueError(f"{THREADS_VARIABLE} is {threads!r}; wanted {' or '.join(THREADS)}")
+    _core.ffi_use_xla_pool(threads == "xla")
     try:
         for name, handler in handlers.items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")

@@ -1,5 +1,5 @@
 /* The C library alone, for sanitizers: many threads that call at once, with different numbers of threads, with its pool
- * and with OpenMP's teams, are stopped, and fork in the midst of calls.
+ * with OpenMP's teams and with another pool, are stopped, and fork in the midst of calls.
  *
  *   cmake -B build/san -DPYREG_SANITIZE=thread && cmake --build build/san && ctest --test-dir build/san
  *
@@ -56,8 +56,45 @@ static enum pyreg_status norm(float *y) {
     });
 }
 
+/* Pools whose threads come at once, late or never, or that have none. */
+struct errand {
+    void (*task)(void *argument);
+    void *argument;
+};
+
+static void *run_errand(void *memory) {
+    struct errand errand = *(struct errand *)memory;
+    free(memory);
+    errand.task(errand.argument);
+    return NULL;
+}
+
+static void *run_late(void *memory) {
+    usleep(3000);
+    return run_errand(memory);
+}
+
+static void schedule(void *context, void (*task)(void *), void *argument) {
+    static atomic_uint turn;
+    (void)context;
+    struct errand *errand = malloc(sizeof *errand);
+    *errand = (struct errand){task, argument};
+    const unsigned kind = atomic_fetch_add(&turn, 1) % 4;
+    pthread_t thread;
+    if (kind == 0 && pthread_create(&thread, NULL, run_errand, errand) == 0)
+        pthread_detach(thread);
+    else if (kind == 1 && pthread_create(&thread, NULL, run_late, errand) == 0)
+        pthread_detach(thread);
+    else if (kind == 2)
+        run_errand(errand);
+    else
+        free(errand);
+}
+
 static void *caller(void *number) {
     float *y = malloc(sizeof x);
+    const struct pyreg_pool pool = {schedule, NULL};
+    expect(pyreg_use_pool((intptr_t)number % 3 ? NULL : &pool) == NULL, "no pool before");
     /* ThreadSanitizer does not see how OpenMP's threads wait for each other. */
     pyreg_use_team(!UNDER_THREAD_SANITIZER && (intptr_t)number % 2);
     for (int round = 0; round < ROUNDS; round++) {
