@@ -125,16 +125,20 @@ static void philox_block(const uint32_t key[2], const uint32_t counter[4], uint3
 
 /* ---- threefry: element i's draw is Threefry at counter (high, low) of i; kept iff it is below the limit ---------- */
 
-/* Bits of CHAINS * LANES32 elements, from the one with the given index on, which is a multiple of that. */
-static inline uint64_t threefry_bits(const struct draw *draw, uint64_t index, bool x64) {
+/* A step makes the bits of this many elements; whole pairs of words are written at once. */
+enum { STEP = CHAINS * LANES32, SPAN = STEP > 64 ? STEP : 64 };
+
+/* Bits of STEP elements, from the one with the given index on, which is a multiple of that. */
+static inline void threefry_bits(const struct draw *draw, uint64_t index, bool x64, uint64_t bits[SPAN / 64]) {
     struct threefry_state s;
     for (uint32_t c = 0; c < CHAINS; c++) {
         s.x0[c] = splat32((uint32_t)(index >> 32));
         s.x1[c] = lane_numbers() + ((uint32_t)index + c * LANES32);
     }
     threefry2x32(draw->key, &s);
-    uint64_t bits = 0;
+#pragma GCC unroll 8
     for (int c = 0; c < CHAINS; c++) {
+        const int at = c * LANES32;
         uint32_t kept;
         if (x64) { /* 52 bits against limit - 1, in three parts because compares are of 31 bits */
             uint64_t last = draw->limit - 1;
@@ -147,18 +151,22 @@ static inline uint64_t threefry_bits(const struct draw *draw, uint64_t index, bo
         } else {
             kept = less_bits((s.x0[c] ^ s.x1[c]) >> 9, splat32((uint32_t)draw->limit));
         }
-        bits |= (uint64_t)kept << c * LANES32;
+        bits[at / 64] |= (uint64_t)kept << at % 64;
     }
-    return bits;
 }
 
 static inline void threefry_words(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, bool x64) {
-    enum { STEP = CHAINS * LANES32 };
-    for (size_t w = 0; w < words; w += 2) {
-        uint64_t bits = 0;
-        for (uint32_t j = 0; j < 64; j += STEP) bits |= threefry_bits(draw, (first + w) * 32 + j, x64) << j;
-        keep[w] = (uint32_t)bits;
-        keep[w + 1] = (uint32_t)(bits >> 32);
+    for (size_t w = 0; w < words; w += SPAN / 32) {
+        uint64_t bits[SPAN / 64] = {0};
+        for (uint32_t j = 0; j < SPAN; j += STEP) {
+            uint64_t part[SPAN / 64] = {0};
+            threefry_bits(draw, (first + w) * 32 + j, x64, part);
+            for (int k = 0; k < SPAN / 64; k++) bits[k] |= part[k] << j;
+        }
+        for (size_t k = 0; k < SPAN / 64; k++) {
+            keep[w + 2 * k] = (uint32_t)bits[k];
+            keep[w + 2 * k + 1] = (uint32_t)(bits[k] >> 32);
+        }
     }
 }
 
