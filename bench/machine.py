@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import time
 from importlib import metadata
 from pathlib import Path
@@ -100,6 +101,12 @@ def describe():
 def title(machine):
     """One line for tables and plots."""
     return f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['instruction set']}"
+
+
+def folder():
+    """The name of this machine's folder: its CPU, and how many of them."""
+    words = re.findall("[a-z0-9.]+", cpu_model().lower().replace("(r)", ""))
+    return "-".join([*words, str(cpus())])
 
 
 def versions(machine, packages=PACKAGES):

@@ -2,13 +2,15 @@
 
     python -m bench report [--quick] [--only compare plan] [--no-run]
 
-The figures of each command go to a JSON file and a plot in docs/performance/.  Then every part of README.md and of the
-pages in docs/ that lies between <!-- bench: NAME --> and <!-- /bench --> is written anew from these files; the rest of
-the pages is left alone.  --no-run writes these parts from the files that are there.  --quick only touches
+The figures of each command go to a JSON file and a plot in a folder of docs/performance/ that has the name of the
+machine.  Then every part of README.md and of the pages in docs/ that lies between <!-- bench: NAME --> and
+<!-- /bench --> is written anew from the files of all machines; the rest of the pages is left alone.  --no-run writes
+these parts from the files that are there.  --quick only touches
 docs/performance.md.  All of it takes a quarter of an hour on a quiet machine with 2 CPUs.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,25 +31,26 @@ COMMANDS = {
     "imports": [],
     "train_step_torch": ["--framework", "torch"],
 }
-ON_THEIR_OWN = ("imports", "train_step_torch")  # need torch; their tables say on what they ran
 
 
 def add_arguments(parser):
     parser.add_argument("--quick", action="store_true", help="few and small cases")
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--no-run", action="store_true", help="only write the documents, from the files that are there")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance", help="where the files are")
+    parser.add_argument(
+        "--docs", type=Path, default=ROOT / "docs" / "performance", help="where the machines' folders are"
+    )
     parser.add_argument("--documents", type=Path, nargs="*", help="Markdown files to bring up to date")
 
 
 def run(args):
     failed = [] if args.no_run else [name for name in args.only if not measure(name, args)]
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(args.docs.glob("*.json"))}
+    results = {folder: read(folder) for folder in sorted(args.docs.iterdir()) if any(folder.glob("*.json"))}
     if args.documents is None:
         args.documents = [ROOT / "docs" / "performance.md"] if args.quick else documents()
     for document in args.documents:
         text = document.read_text()
-        document.write_text(filled(text, results))
+        document.write_text(filled(text, results, document.parent))
         console.print(f"wrote {document}")
     if failed:
         raise SystemExit(f"{' '.join(failed)} failed; the files from before are still there")
@@ -59,9 +62,16 @@ def documents():
     return [page for page in pages if "<!-- bench: " in page.read_text()]
 
 
+def read(folder):
+    """What was measured on a machine, by name of the command."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
 def measure(name, args):
     """Runs a command in a process of its own, so that what it leaves behind does not disturb the next one."""
-    files = ["--json", args.docs / f"{name}.json", "--plot", args.docs / f"{name}.svg"]
+    folder = args.docs / machine.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ["--json", folder / f"{name}.json", "--plot", folder / f"{name}.svg"]
     command = [sys.executable, ROOT / "bench", name.removesuffix("_torch"), *COMMANDS[name]]
     command += [*["--quick"] * args.quick, *files]
     console.rule(" ".join(map(str, command[2:])))
@@ -71,29 +81,40 @@ def measure(name, args):
     return done.returncode == 0
 
 
-def filled(text, results):
-    """The document with all parts that can be written from the results."""
+def filled(text, results, place):
+    """The document, which lies in the folder `place`, with all parts that can be written from the results."""
 
     def part(match):
         name = match[1]
-        try:
-            return f"<!-- bench: {name} -->\n{PARTS[name](results)}\n<!-- /bench -->"
-        except KeyError as missing:
-            console.print(f"[yellow]left as it was[/] {name}: no {missing}")
+        tables = [table for folder, found in results.items() if (table := of_machine(name, folder, found, place))]
+        if not tables:
+            console.print(f"[yellow]left as it was[/] {name}: no machine has figures")
             return match[0]
+        return "\n".join([f"<!-- bench: {name} -->", "\n\n".join(tables), "<!-- /bench -->"])
 
     return re.sub(r"<!-- bench: (.*?) -->\n.*?<!-- /bench -->", part, text, flags=re.DOTALL)
 
 
-def together(results):
-    """Those that are made in one run, on one machine."""
-    return {name: result for name, result in results.items() if name not in ON_THEIR_OWN}
+def of_machine(name, folder, results, place):
+    """A part of a document, and on what machine it was measured; None if it was not."""
+    if name.startswith("plot "):
+        plot = folder / f"{name.removeprefix('plot ')}.svg"
+        return f"![{name} on {title(results)}]({os.path.relpath(plot, place)})" if plot.exists() else None
+    try:
+        table = PARTS[name](results)
+    except KeyError:
+        return None
+    return table if title(results) in table else f"On {title(results)}:\n\n{table}"
 
 
-def machines(results):
-    """The machine, which is the same for all files if they were made together, and the time of each file."""
+def title(results):
+    return machine.title(next(iter(results.values()))["machine"])
+
+
+def about(results):
+    """The machine, and when each command ran there."""
     texts = []
-    for name, result in together(results).items():
+    for name, result in results.items():
         found = result["machine"]
         busy = found["busy CPUs at the start"]
         quick = ", quick" * result["quick"]
@@ -125,11 +146,13 @@ def losses(results):
 def noise(results):
     """How many ratios may come out differently in another run."""
     rows = []
-    for name, result in together(results).items():
+    for name, result in results.items():
         found = list(output.ratios(result["records"]))
         if found:
             doubtful = sum(output.unsteady(r) for r in found)
             rows.append([name, str(len(found)), str(doubtful)])
+    if not rows:
+        raise KeyError("ratios")
     return output.markdown_table(["command", "ratios", "unsteady (~)"], rows, left=1)
 
 
@@ -160,7 +183,7 @@ def train_step_torch(results):
 
 
 PARTS = {
-    "machine": machines,
+    "machine": about,
     "noise": noise,
     **{f"compare {op}": lambda results, op=op: compare.markdown(results["compare"], op) for op in cases.OPS},
     "losses": losses,

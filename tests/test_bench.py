@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,8 @@ def settings_afterwards():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """All that the commands wrote."""
-    folder = tmp_path_factory.mktemp("results")
+    folder = tmp_path_factory.mktemp("results") / machine.folder()
+    folder.mkdir()
     installed = cases.installed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "installed", lambda peer: peer != "Flax" and installed(peer))  # it compiles for seconds
@@ -133,27 +135,58 @@ def test_jax_commands(quick_compilation, tmp_path, capsys):
     assert "| pyreg |" in shown
 
 
+def asked_for(text):
+    """The parts that a document has marks for."""
+    return re.findall("<!-- bench: (.*) -->", text)
+
+
 def test_report_fills_the_documents(files, tmp_path, capsys):
     """From the files of the other commands; what is missing stays as it was."""
     document = tmp_path / "performance.md"
     shutil.copy(ROOT / "docs" / "performance.md", document)
     before = document.read_text()
-    program.main(["report", "--no-run", "--docs", str(files), "--documents", str(document)])
+    program.main(["report", "--no-run", "--docs", str(files.parent), "--documents", str(document)])
     shown = " ".join(capsys.readouterr().out.split())
-    left = {name for name in report.PARTS if f"left as it was {name}:" in shown}
-    assert left == {"compare jax", "train_step"}
+    left = {name for name in asked_for(before) if f"left as it was {name}:" in shown}
+    assert left == {"compare jax", "train_step", "plot compare-jax", "plot train_step"}
     after = document.read_text()
     assert after != before
     assert machine.cpu_model() in after
     names = [line for line in before.splitlines() if line.startswith("<!--")]
     assert names == [line for line in after.splitlines() if line.startswith("<!--")]
-    program.main(["report", "--no-run", "--docs", str(files), "--documents", str(document)])
+    program.main(["report", "--no-run", "--docs", str(files.parent), "--documents", str(document)])
     assert document.read_text() == after
 
 
 def test_documents_ask_for_the_parts_that_there_are():
-    lines = [line for document in report.documents() for line in document.read_text().splitlines()]
-    assert {line[12:-4] for line in lines if line.startswith("<!-- bench: ")} == set(report.PARTS)
+    parts = {name for document in report.documents() for name in asked_for(document.read_text())}
+    plots = {name for name in parts if name.startswith("plot ")}
+    assert parts - plots == set(report.PARTS)
+    drawn = {f"plot {plot.stem}" for plot in (ROOT / "docs" / "performance").glob("*/*.svg")}
+    assert plots == drawn
+
+
+def test_report_keeps_the_machines_side_by_side(tmp_path):
+    result = json.loads(next((ROOT / "docs" / "performance").glob("*/compare.json")).read_text())
+    for cpu in ("First CPU", "Second CPU"):
+        folder = tmp_path / "results" / cpu
+        folder.mkdir(parents=True)
+        result["machine"]["cpu"] = cpu
+        (folder / "compare.json").write_text(json.dumps(result))
+        (folder / "compare-dropout.svg").touch()
+    (tmp_path / "results" / "Second CPU" / "compare-jax.svg").touch()
+    page = tmp_path / "page.md"
+    marks = [
+        f"<!-- bench: {name} -->\n<!-- /bench -->\n" for name in ("losses", "plot compare-dropout", "plot compare-jax")
+    ]
+    page.write_text("".join(marks))
+    program.main(["report", "--no-run", "--docs", str(tmp_path / "results"), "--documents", str(page)])
+    losses, dropout, jax = page.read_text().split("<!-- /bench -->\n")[:3]
+    assert losses.index("On First CPU") < losses.index("| op |") < losses.index("On Second CPU")
+    assert "(results/First CPU/compare-dropout.svg)" in dropout
+    assert "(results/Second CPU/compare-dropout.svg)" in dropout
+    assert "First CPU" not in jax
+    assert "(results/Second CPU/compare-jax.svg)" in jax
 
 
 @pytest.mark.parametrize("how", [["-m", "bench"], ["bench"]])
