@@ -111,6 +111,59 @@ static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
 }
 #endif
 
+/* ---- LANES32 halves as floats, for batch-norm's sweeps ---------------------------------------------------------- */
+
+#if defined(PYREG_F16) || defined(PYREG_BF16)
+#define HALVES
+static inline vecf load_floats(const elem_t *x) {
+#if defined(PYREG_F16) && defined(__AVX512F__)
+    return (vecf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(PYREG_F16) && defined(__F16C__)
+    return (vecf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#elif defined(PYREG_BF16) && defined(__AVX512F__)
+    return (vecf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+#elif defined(PYREG_BF16) && defined(__AVX2__)
+    return (vecf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
+#else
+    acc_t v[LANES32];
+    for (size_t l = 0; l < LANES32; l++) v[l] = load(x[l]);
+    vecf floats;
+    memcpy(&floats, v, sizeof floats);
+    return floats;
+#endif
+}
+
+/* bfloat16: a NaN ends in 16 zero bits, so that to round it does not carry. */
+static inline void store_floats(elem_t *to, vecf v) {
+#if defined(PYREG_F16) && defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(PYREG_F16) && defined(__F16C__)
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(PYREG_BF16) && defined(__AVX2__)
+    const vec32 u = (vec32)v, bits = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+    const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(low, high));
+#endif
+#else
+    for (size_t l = 0; l < LANES32; l++) to[l] = store(v[l]);
+#endif
+}
+
+/* floor > v ? floor : v */
+static inline vecf larger(float floor, vecf v) {
+#if defined(__AVX512F__)
+    return (vecf)_mm512_max_ps((__m512)splatf(floor), (__m512)v);
+#elif defined(__AVX2__)
+    return (vecf)_mm256_max_ps((__m256)splatf(floor), (__m256)v);
+#else
+    return (vecf)select32((vec32)(floor > v), (vec32)splatf(floor), (vec32)v);
+#endif
+}
+#endif
+
 /* ---- Elements as computed (narrow) and summed (wide), for batch-norm --------------------------------------------- */
 
 typedef acc_t narrow __attribute__((vector_size(LANES64 * sizeof(acc_t))));
@@ -137,18 +190,6 @@ static inline narrow load_narrow(const elem_t *x) {
 #endif
     return v;
 }
-
-#if defined(PYREG_F16)
-static inline void store_narrow(elem_t *to, const acc_t *from) {
-#if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-    _mm_storel_epi64((__m128i *)to, _mm_cvtps_ph(_mm_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (size_t l = 0; l < LANES64; l++) to[l] = store(from[l]);
-#endif
-}
-#endif
 
 /* The first n elements, 0 < n <= LANES64, and zeros. */
 static inline narrow load_part(const elem_t *x, size_t n) {

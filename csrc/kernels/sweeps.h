@@ -14,10 +14,10 @@ struct coefficients {
 };
 _Static_assert(sizeof(struct coefficients) <= BN_NARROW * sizeof(acc_t), "bn_coefficients.narrow has room for them");
 
-/* n >= 1 */
+/* n >= 1.  A NaN becomes the one that store_floats() can round. */
 static void narrow_to(acc_t *to, const double *from, size_t n) {
-    to[0] = (acc_t)from[0];
-    for (size_t j = 1; j < n; j++) to[j] = (acc_t)from[j];
+    to[0] = isnan(from[0]) ? (acc_t)NAN : (acc_t)from[0];
+    for (size_t j = 1; j < n; j++) to[j] = isnan(from[j]) ? (acc_t)NAN : (acc_t)from[j];
     for (size_t j = 0; j < LINE; j++) to[n + j] = to[j];
 }
 
@@ -30,104 +30,124 @@ struct sweep {
     acc_t floor;
 };
 
-/* Some elements of it, ready for the loop: gcc converts float16 quickly only in loops that do nothing else. */
-#if defined(PYREG_F16)
-typedef acc_t value_t;
-static inline acc_t read_value(value_t v) { return v; }
-static inline value_t write_value(acc_t a) { return a; }
-#else
-typedef elem_t value_t;
-static inline acc_t read_value(value_t v) { return load(v); }
-static inline value_t write_value(acc_t a) { return store(a); }
-#endif
+static ALWAYS_INLINE elem_t *at_or_null(const elem_t *p, size_t j) { return p ? (elem_t *)p + j : NULL; }
 
-struct values {
-    const value_t *x, *residual, *dy, *relu_y;
-    const uint8_t *mask;
-    value_t *out, *dresidual;
-    acc_t floor;
+#ifdef HALVES /* compilers convert these slowly in a plain loop */
+struct lane_coefficients {
+    vecf centre, gain, slope, offset;
 };
 
-/* n values, with coefficients k .. k + n - 1, or k for all. */
-static ALWAYS_INLINE void sweep_values(const struct coefficients *restrict c, const struct values *v, size_t k,
-                                       size_t n, bool channel_line) {
-#pragma GCC unroll 1
-#pragma GCC ivdep
-    for (size_t i = 0; i < n; i++) {
-        const size_t m = channel_line ? k : k + i;
-        const acc_t d = read_value(v->x[i]) - c->centre[m];
-        if (v->dy) {
-            value_t g = v->dy[i];
-            if (v->relu_y) g = read_value(v->relu_y[i]) > 0 ? g : 0;
-            acc_t through_statistics = c->slope[m] * d + c->offset[m];
-            if (v->mask) through_statistics = v->mask[i] ? through_statistics : 0;
-            if (v->dresidual) v->dresidual[i] = g;
-            v->out[i] = write_value(c->gain[m] * read_value(g) + through_statistics);
-        } else {
-            acc_t y = d * c->gain[m] + c->offset[m];
-            if (v->residual) y += read_value(v->residual[i]);
-            v->out[i] = write_value(v->floor > y ? v->floor : y);
-        }
+/* Those from k on, or k for all. */
+static ALWAYS_INLINE struct lane_coefficients lanes_of(const struct coefficients *c, size_t k, bool channel_line) {
+    struct lane_coefficients v;
+    if (channel_line)
+        return (struct lane_coefficients){splatf(c->centre[k]), splatf(c->gain[k]), splatf(c->slope[k]),
+                                          splatf(c->offset[k])};
+    memcpy(&v.centre, c->centre + k, sizeof v.centre);
+    memcpy(&v.gain, c->gain + k, sizeof v.gain);
+    memcpy(&v.slope, c->slope + k, sizeof v.slope);
+    memcpy(&v.offset, c->offset + k, sizeof v.offset);
+    return v;
+}
+
+struct lane_results {
+    vecf out, dresidual;
+};
+
+/* LANES32 elements from j on. */
+static ALWAYS_INLINE struct lane_results sweep_lanes(const struct lane_coefficients *c, const struct sweep *s,
+                                                     size_t j) {
+    const vecf d = load_floats(s->x + j) - c->centre;
+    if (!s->dy) {
+        vecf y = d * c->gain + c->offset;
+        if (s->residual) y += load_floats(s->residual + j);
+        return (struct lane_results){.out = larger(s->floor, y)};
     }
-}
-
-#if defined(PYREG_F16)
-/* n <= LINE elements as values, NULL for NULL; what is behind them in to[] is 0. */
-static ALWAYS_INLINE const value_t *read_line(value_t *to, const elem_t *from, size_t n) {
-    if (!from) return NULL;
-    elem_t part[LINE] = {0};
-    if (n < LINE) from = memcpy(part, from, n * sizeof(elem_t));
-    for (size_t i = 0; i < LINE; i += LANES64) {
-        narrow v = load_narrow(from + i);
-        memcpy(to + i, &v, sizeof v);
+    vecf g = load_floats(s->dy + j), through_statistics = c->slope * d + c->offset;
+    if (s->relu_y) g = (vecf)((vec32)g & (vec32)(load_floats(s->relu_y + j) > 0));
+    if (s->mask) {
+        vec32 counts;
+        for (size_t l = 0; l < LANES32; l++) counts[l] = -(uint32_t)s->mask[j + l];
+        through_statistics = (vecf)((vec32)through_statistics & counts);
     }
-    return to;
+    return (struct lane_results){c->gain * g + through_statistics, g};
 }
 
-static ALWAYS_INLINE void write_line(elem_t *to, const value_t *from, size_t n) {
-    elem_t part[LINE], *at = n < LINE ? part : to;
-    for (size_t i = 0; i < LINE; i += LANES64) store_narrow(at + i, from + i);
-    if (n < LINE) memcpy(to, part, n * sizeof(elem_t));
+static ALWAYS_INLINE void store_results(const struct lane_results *r, elem_t *out, elem_t *dresidual, size_t j) {
+    store_floats(out + j, r->out);
+    if (dresidual) store_floats(dresidual + j, r->dresidual);
 }
-#endif
 
-static ALWAYS_INLINE elem_t *at_or_null(const elem_t *p, size_t j) { return p ? (elem_t *)p + j : NULL; }
+static ALWAYS_INLINE const void *padded(void *to, const void *from, size_t bytes) {
+    return from ? memcpy(to, from, bytes) : NULL;
+}
+
+/* n < LANES32 elements from j on. */
+static ALWAYS_INLINE void sweep_few(const struct lane_coefficients *c, const struct sweep *s, size_t j, size_t n,
+                                    elem_t *out, elem_t *dresidual) {
+    const size_t bytes = n * sizeof(elem_t);
+    elem_t x[LANES32] = {0}, residual[LANES32] = {0}, dy[LANES32] = {0}, relu_y[LANES32] = {0}, y[LANES32], g[LANES32];
+    uint8_t mask[LANES32] = {0};
+    const struct sweep few = {
+        .x = padded(x, s->x + j, bytes),
+        .residual = padded(residual, at_or_null(s->residual, j), bytes),
+        .dy = padded(dy, at_or_null(s->dy, j), bytes),
+        .relu_y = padded(relu_y, at_or_null(s->relu_y, j), bytes),
+        .mask = padded(mask, s->mask ? s->mask + j : NULL, n),
+        .floor = s->floor,
+    };
+    const struct lane_results r = sweep_lanes(c, &few, 0);
+    store_results(&r, y, dresidual ? g : NULL, 0);
+    memcpy(out, y, bytes);
+    if (dresidual) memcpy(dresidual, g, bytes);
+}
 
 /* Elements j .. j + n - 1 of the line, with coefficients k .. k + n - 1, or k for all. */
 static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,
                                     size_t n, bool channel_line, elem_t *out, elem_t *dresidual) {
-#if defined(PYREG_F16)
-    for (size_t i = 0; i < n; i += LINE, j += LINE) {
-        const size_t left = at_most(n - i, LINE);
-        value_t x[LINE], residual[LINE], dy[LINE], relu_y[LINE], y[LINE], g[LINE];
-        const struct values v = {
-            .x = read_line(x, s->x + j, left),
-            .residual = read_line(residual, at_or_null(s->residual, j), left),
-            .dy = read_line(dy, at_or_null(s->dy, j), left),
-            .relu_y = read_line(relu_y, at_or_null(s->relu_y, j), left),
-            .mask = s->mask ? s->mask + j : NULL,
-            .out = y,
-            .dresidual = dresidual ? g : NULL,
-            .floor = s->floor,
-        };
-        sweep_values(c, &v, channel_line ? k : k + i, s->mask ? left : LINE, channel_line);
-        write_line(out + i, y, left);
-        if (dresidual) write_line(dresidual + i, g, left);
+    if (n == 0) return;
+    struct lane_coefficients v = lanes_of(c, k, channel_line);
+    if (n < LANES32) {
+        sweep_few(&v, s, j, n, out, dresidual);
+        return;
     }
-#else
-    const struct values v = {
-        .x = s->x + j,
-        .residual = at_or_null(s->residual, j),
-        .dy = at_or_null(s->dy, j),
-        .relu_y = at_or_null(s->relu_y, j),
-        .mask = s->mask ? s->mask + j : NULL,
-        .out = out,
-        .dresidual = dresidual,
-        .floor = s->floor,
-    };
-    sweep_values(c, &v, k, n, channel_line);
-#endif
+    /* The last vector overlaps the one before, and is read first: what it reads may be overwritten by then. */
+    const size_t last = n - LANES32;
+    struct lane_coefficients of_last = channel_line ? v : lanes_of(c, k + last, false);
+    const struct lane_results end = sweep_lanes(&of_last, s, j + last);
+    for (size_t i = 0; i < last; i += LANES32) {
+        if (!channel_line) v = lanes_of(c, k + i, false);
+        const struct lane_results r = sweep_lanes(&v, s, j + i);
+        store_results(&r, out, dresidual, i);
+    }
+    store_results(&end, out, dresidual, last);
 }
+#else
+static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,
+                                    size_t n, bool channel_line, elem_t *out, elem_t *dresidual) {
+    const elem_t *x = s->x + j, *residual = at_or_null(s->residual, j), *dy = at_or_null(s->dy, j);
+    const elem_t *relu_y = at_or_null(s->relu_y, j);
+    const uint8_t *mask = s->mask ? s->mask + j : NULL;
+#pragma GCC unroll 1
+#pragma GCC ivdep
+    for (size_t i = 0; i < n; i++) {
+        const size_t m = channel_line ? k : k + i;
+        const acc_t d = x[i] - c->centre[m];
+        if (dy) {
+            elem_t g = dy[i];
+            if (relu_y) g = relu_y[i] > 0 ? g : 0;
+            acc_t through_statistics = c->slope[m] * d + c->offset[m];
+            if (mask) through_statistics = mask[i] ? through_statistics : 0;
+            if (dresidual) dresidual[i] = g;
+            out[i] = c->gain[m] * g + through_statistics;
+        } else {
+            acc_t y = d * c->gain[m] + c->offset[m];
+            if (residual) y += residual[i];
+            out[i] = s->floor > y ? s->floor : y;
+        }
+    }
+}
+#endif
 
 /* Around the cache: a whole cache line goes through a buffer. */
 static ALWAYS_INLINE void sweep_around(const struct coefficients *restrict c, const struct sweep *s, size_t j, size_t k,

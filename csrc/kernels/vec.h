@@ -28,6 +28,7 @@ typedef float vecf __attribute__((vector_size(VEC_BYTES)));
 
 static inline vec64 splat64(uint64_t v) { return v - (vec64){0}; }
 static inline vec32 splat32(uint32_t v) { return v - (vec32){0}; }
+static inline vecf splatf(float v) { return v - (vecf){0}; }
 
 /* 0, 1, 2, ... */
 static inline vec32 lane_numbers(void) {
