@@ -8,12 +8,10 @@
 #include <immintrin.h>
 #endif
 
-/* to: aligned to 64 bytes; bytes: a multiple of 64. */
+/* to: aligned to 64 bytes; bytes: a multiple of 64.  From half a vector to half a vector: `from` has just been written,
+ * and a load that spans two stores has to wait for both to reach the cache. */
 static inline void stream_lines(void *to, const void *from, size_t bytes) {
 #if defined(__AVX512F__)
-    for (size_t b = 0; b < bytes; b += 64)
-        _mm512_stream_si512((__m512i *)((char *)to + b), _mm512_loadu_si512((const char *)from + b));
-#elif defined(__AVX__)
     for (size_t b = 0; b < bytes; b += 32)
         _mm256_stream_si256((__m256i *)((char *)to + b), _mm256_loadu_si256((const __m256i *)((const char *)from + b)));
 #elif defined(__x86_64__)
