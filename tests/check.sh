@@ -3,7 +3,7 @@
 # missing is skipped, and says so.
 #
 #   tests/check.sh            lint build sanitize
-#   tests/check.sh --all      all steps: lint build sanitize races memory cpus slow
+#   tests/check.sh --all      all steps: lint build sanitize races memory instructions cpus slow
 #   tests/check.sh STEP...    these
 #
 # CLANG=clang-19 chooses one of several.
@@ -77,6 +77,12 @@ memory() { # what is read before it is written
     done
 }
 
+instructions() { # of the inner loops: no more than recorded
+    has valgrind valgrind && has gcc gcc || return 0
+    plain
+    python tests/instructions.py build/check/gcc/test_count
+}
+
 cpus() { # the results of another architecture, and of an old CPU
     if has aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu && has qemu-aarch64 qemu-user; then
         compile aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
@@ -95,11 +101,11 @@ slow() { python -m pytest -m slow; }
 all=
 case "${1-}" in
     "") set -- lint build sanitize ;;
-    --all) all=yes && set -- lint build sanitize races memory cpus slow ;;
+    --all) all=yes && set -- lint build sanitize races memory instructions cpus slow ;;
 esac
 for step; do
     case $step in
-        lint | build | sanitize | races | memory | cpus | slow) $step ;;
+        lint | build | sanitize | races | memory | instructions | cpus | slow) $step ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done

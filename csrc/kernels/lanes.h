@@ -111,25 +111,23 @@ static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
 }
 #endif
 
-/* ---- LANES32 halves as floats, for batch-norm's sweeps ---------------------------------------------------------- */
+/* ---- LANES32 halves as floats, for batch-norm's sweeps.  HALVES: where there are instructions for them. ------------ */
 
-#if defined(PYREG_F16) || defined(PYREG_BF16)
+#if (defined(PYREG_F16) || defined(PYREG_BF16)) && ((defined(__AVX2__) && defined(__F16C__)) || defined(__aarch64__))
 #define HALVES
 static inline vecf load_floats(const elem_t *x) {
 #if defined(PYREG_F16) && defined(__AVX512F__)
     return (vecf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
 #elif defined(PYREG_F16) && defined(__F16C__)
     return (vecf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
-#elif defined(PYREG_BF16) && defined(__AVX512F__)
+#elif defined(PYREG_F16)
+    return (vecf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
+#elif defined(__AVX512F__)
     return (vecf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
-#elif defined(PYREG_BF16) && defined(__AVX2__)
+#elif defined(__AVX2__)
     return (vecf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
 #else
-    acc_t v[LANES32];
-    for (size_t l = 0; l < LANES32; l++) v[l] = load(x[l]);
-    vecf floats;
-    memcpy(&floats, v, sizeof floats);
-    return floats;
+    return (vecf)vshll_n_u16(vld1_u16(x), 16);
 #endif
 }
 
@@ -139,16 +137,18 @@ static inline void store_floats(elem_t *to, vecf v) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(PYREG_F16) && defined(__F16C__)
     _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(PYREG_BF16) && defined(__AVX2__)
-    const vec32 u = (vec32)v, bits = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+#elif defined(PYREG_F16)
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+    const vec32 u = (vec32)v, rounded = u + 0x7fff + (u >> 16 & 1);
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
+#elif defined(__AVX2__)
+    const __m256i bits = (__m256i)(rounded >> 16);
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
 #else
-    const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
-    _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(low, high));
+    vst1_u16(to, vshrn_n_u32((uint32x4_t)rounded, 16));
 #endif
-#else
-    for (size_t l = 0; l < LANES32; l++) to[l] = store(v[l]);
 #endif
 }
 

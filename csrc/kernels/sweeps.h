@@ -132,18 +132,18 @@ static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const
 #pragma GCC ivdep
     for (size_t i = 0; i < n; i++) {
         const size_t m = channel_line ? k : k + i;
-        const acc_t d = x[i] - c->centre[m];
+        const acc_t d = load(x[i]) - c->centre[m];
         if (dy) {
             elem_t g = dy[i];
-            if (relu_y) g = relu_y[i] > 0 ? g : 0;
+            if (relu_y) g = load(relu_y[i]) > 0 ? g : 0;
             acc_t through_statistics = c->slope[m] * d + c->offset[m];
             if (mask) through_statistics = mask[i] ? through_statistics : 0;
             if (dresidual) dresidual[i] = g;
-            out[i] = c->gain[m] * g + through_statistics;
+            out[i] = store(c->gain[m] * load(g) + through_statistics);
         } else {
             acc_t y = d * c->gain[m] + c->offset[m];
-            if (residual) y += residual[i];
-            out[i] = s->floor > y ? s->floor : y;
+            if (residual) y += load(residual[i]);
+            out[i] = store(s->floor > y ? s->floor : y);
         }
     }
 }
