@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pyreg._arguments import JaxImpl, as_integers, check_jax_impl, is_supported
-from pyreg._flax import as_rate_for, draws, step
+from pyreg._flax import as_rate_for, draws, draws_traced, step
 from pyreg.jax import batch_norm, dropout
 from pyreg.jax._primitive import flag
 
@@ -42,8 +42,8 @@ class Dropout(eqx.nn.Dropout):
 
     Notes
     -----
-    Under `jax.jit` a traced ``p`` gives Equinox's mask and, because Equinox then divides by ``1 - p``, values within one
-    unit in the last place of Equinox's; and so does any ``p`` outside `jax.jit`.
+    The mask is always Equinox's.  Where Equinox truly divides by ``1 - p``, which is for a traced ``p`` and outside
+    `jax.jit`, values are within one unit in the last place of Equinox's.
 
     Examples
     --------
@@ -87,10 +87,9 @@ class Dropout(eqx.nn.Dropout):
         return dropout(x, rate, key=key, broadcast_dims=self.broadcast_dims, impl=self.impl)
 
     def _draws(self, x: Any) -> bool:
-        """Whether pyreg.jax.dropout means by these what Equinox's Dropout does."""
-        if not isinstance(self.p, jax.core.Tracer):
-            return draws(x, self.p, self.impl, "Equinox")
-        return draws(x, 0.5, self.impl) and self.p.ndim == 0 and jnp.result_type(x, self.p) == x.dtype
+        if isinstance(self.p, jax.core.Tracer):
+            return draws_traced(x, self.p, self.impl)
+        return draws(x, self.p, self.impl, "Equinox")
 
 
 def _as_rate(p: Any) -> float:
@@ -230,8 +229,8 @@ def _map(change: Callable[[Any], Any], tree: Tree, *kinds: type) -> Tree:
 
 def _as(kind: type, node: Any, **more: Any) -> Any:
     """A module of another class with the fields of this one, whatever takes the place of values in them."""
-    module = object.__new__(kind)
-    for name in (field.name for field in dataclasses.fields(kind)):  # type: ignore[arg-type]
+    module: Any = object.__new__(kind)
+    for name in (field.name for field in dataclasses.fields(kind)):
         value = more[name] if name in more else getattr(node, name)
         object.__setattr__(module, name, value)
     return module

@@ -554,7 +554,7 @@ def batch_norm(
         y, mean, _, var = forward_p.bind(a, scale, bias, words, mask, residual, o=o)
         return y, mean, var
     if not o.masked and x.size == x.shape[axis]:  # as where vmap maps over all other dims: no work for a kernel
-        mean = _wide(a).reshape(scale.shape)
+        mean = _wide(a).reshape(-1)
         statistics = [mean, jnp.zeros_like(mean), jnp.zeros_like(mean)]
     else:
         statistics = forward_p.bind(a, scale, bias, words, mask, np.zeros(0, x.dtype), o=o.for_pooling)[1:]
