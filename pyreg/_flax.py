@@ -83,7 +83,7 @@ def normalise(layer: Any, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Arr
         axis=layer.axis,
         epsilon=layer.epsilon,
         mask=None if mask is None else jnp.asarray(mask, bool),
-        activation=layer.activation,
+        activation=getattr(layer, "activation", None),  # which Flax's own layers have not
         axis_name=layer.axis_name,
         axis_index_groups=layer.axis_index_groups,
     )
