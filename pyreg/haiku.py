@@ -50,7 +50,7 @@ def dropout(
     Returns
     -------
     jax.Array
-        Shape and dtype of ``x``.
+        Shape and dtype of ``x``.  What is dropped is +0, where Haiku may have -0.
 
     Raises
     ------
@@ -65,8 +65,11 @@ def dropout(
     True
     """
     check_jax_impl(impl)
-    traced = isinstance(rate, jax.core.Tracer)
-    if not (_flax.draws_traced(x, rate, impl) if traced else 0 < rate < 1 and _flax.draws(x, rate, impl)):
+    if isinstance(rate, jax.core.Tracer):
+        ours = _flax.draws_traced(x, rate, impl)
+    else:
+        ours = not (rate < 0 or rate >= 1) and _flax.draws(x, rate, impl, "Haiku")
+    if not ours:
         return hk.dropout(rng, rate, x, broadcast_dims)
     return jax_dropout(x, rate, key=rng, broadcast_dims=tuple(broadcast_dims), impl=impl)
 
