@@ -102,7 +102,7 @@ class BatchNorm(hk.BatchNorm):
         offset: jax.Array | None = None,
     ) -> jax.Array:
         """Batch-norm of ``inputs``, as Haiku's: by the batch's statistics, or by the averages of earlier batches."""
-        channel = self._channel(inputs)
+        channel = _channel(self, inputs)
         given_twice = (self.create_scale and scale is not None) or (self.create_offset and offset is not None)
         if not (is_training or test_local_stats) or given_twice or channel is None:
             return _haiku_batch_norm(self, inputs, is_training, test_local_stats, scale, offset)
@@ -129,13 +129,14 @@ class BatchNorm(hk.BatchNorm):
                 average(value.reshape(shape).astype(inputs.dtype))
         return y
 
-    def _channel(self, inputs: jax.Array) -> int | None:
-        """The one dim whose statistics are wanted, if there is a kernel for that."""
-        if not is_supported(inputs) or inputs.size == 0:
-            return None
-        dims = set(range(inputs.ndim))
-        if self.axis is not None:
-            left = dims - set(self.axis)
-            return left.pop() if len(left) == 1 and dims.issuperset(self.axis) else None
-        channel = self.channel_index + inputs.ndim * (self.channel_index < 0)
-        return channel if channel in dims else None
+
+def _channel(layer: hk.BatchNorm, inputs: jax.Array) -> int | None:
+    """The one dim whose statistics are wanted, if there is a kernel for that.  (Haiku counts calls of methods.)"""
+    if not is_supported(inputs) or inputs.size == 0:
+        return None
+    dims = set(range(inputs.ndim))
+    if layer.axis is not None:
+        left = dims - set(layer.axis)
+        return left.pop() if len(left) == 1 and dims.issuperset(layer.axis) else None
+    channel = layer.channel_index + inputs.ndim * (layer.channel_index < 0)
+    return channel if channel in dims else None

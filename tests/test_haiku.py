@@ -65,7 +65,7 @@ def test_numbers(name, compiled):
     x = jnp.asarray(normal((40, 7), np.float32))
     theirs, ours = ((jax.jit(DRAWN[name], static_argnums=0) if compiled else DRAWN[name])(drop, x) for drop in FUNCTIONS)
     if name == "grad" and not compiled:
-        np.testing.assert_allclose(ours, theirs, rtol=3e-7)  # where XLA truly divides
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)  # where XLA truly divides
     else:
         assert_same(positive_zeros(ours), positive_zeros(theirs))
 
@@ -258,8 +258,8 @@ def test_a_call_is_one_call():
             return call(*args, **kwargs)
 
         with hk.intercept_methods(intercept):
-            for train in (True, False):
-                transformed(kind).init(KEY, jnp.ones((4, 3)), train)
+            params, state = transformed(kind).init(KEY, jnp.ones((4, 3)), True)
+            transformed(kind).apply(params, state, None, jnp.ones((4, 3)), False)
         counts.append(calls)
     assert counts[0] == counts[1]
 
