@@ -110,7 +110,7 @@ def test_inputs():
         with pytest.raises((TypeError, AttributeError)):  # JAX refuses what Keras asks of it
             layer(np.ones((2, 3), np.int32), training=True)
     for layer in pair("Dropout", 0.5, seed=7):
-        with pytest.raises(jax.errors.TracerBoolConversionError):
+        with pytest.raises((jax.errors.TracerBoolConversionError, AttributeError)):  # which Keras makes of it
             jax.jit(lambda flag, layer=layer: layer(np.ones(3, np.float32), training=flag))(True)
         assert layer(np.ones(3, np.float32), training=None).sum() == 3
 
