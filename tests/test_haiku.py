@@ -15,8 +15,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages, while they are imported
     hk = pytest.importorskip("haiku", reason="dm-haiku is not installed")
 
-import pyreg.haiku  # noqa: E402
-import pyreg.jax  # noqa: E402
+import pyreg.haiku
+import pyreg.jax
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 jnp = jax.numpy
@@ -63,7 +63,9 @@ DRAWN = {
 @pytest.mark.parametrize("compiled", [False, True])
 def test_numbers(name, compiled):
     x = jnp.asarray(normal((40, 7), np.float32))
-    theirs, ours = ((jax.jit(DRAWN[name], static_argnums=0) if compiled else DRAWN[name])(drop, x) for drop in FUNCTIONS)
+    theirs, ours = (
+        (jax.jit(DRAWN[name], static_argnums=0) if compiled else DRAWN[name])(drop, x) for drop in FUNCTIONS
+    )
     if name == "grad" and not compiled:
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)  # where XLA truly divides
     else:

@@ -23,8 +23,8 @@ with warnings.catch_warnings():
 if keras.backend.backend() != "jax":
     pytest.skip("Keras has another backend", allow_module_level=True)
 
-import pyreg.jax  # noqa: E402
-import pyreg.keras  # noqa: E402
+import pyreg.jax
+import pyreg.keras
 
 jnp = jax.numpy
 layers = keras.layers
