@@ -28,8 +28,9 @@ COMMANDS = {
     "plan": [],
     "imports": [],
     "train_step_torch": ["--framework", "torch"],
+    "train_step_others": ["--framework", "others"],
 }
-ON_THEIR_OWN = ("imports", "train_step_torch")  # need torch; their tables say on what they ran
+ON_THEIR_OWN = ("imports", "train_step_torch", "train_step_others")  # need others; their tables say on what they ran
 
 
 def add_arguments(parser):
@@ -62,7 +63,7 @@ def documents():
 def measure(name, args):
     """Runs a command in a process of its own, so that what it leaves behind does not disturb the next one."""
     files = ["--json", args.docs / f"{name}.json", "--plot", args.docs / f"{name}.svg"]
-    command = [sys.executable, ROOT / "bench", name.removesuffix("_torch"), *COMMANDS[name]]
+    command = [sys.executable, ROOT / "bench", re.sub("_(torch|others)$", "", name), *COMMANDS[name]]
     command += [*["--quick"] * args.quick, *files]
     console.rule(" ".join(map(str, command[2:])))
     start = time.monotonic()
@@ -159,6 +160,12 @@ def train_step_torch(results):
     return command.markdown(results["train_step_torch"])
 
 
+def train_step_others(results):
+    from bench import train_step_others as command  # needs JAX
+
+    return command.markdown(results["train_step_others"])
+
+
 PARTS = {
     "machine": machines,
     "noise": noise,
@@ -166,6 +173,7 @@ PARTS = {
     "losses": losses,
     "train_step": train_step,
     "train_step torch": train_step_torch,
+    "train_step others": train_step_others,
     "imports": lambda results: imports.markdown(results["imports"]),
     "accuracy": lambda results: accuracy.markdown(results["accuracy"]),
     "roofline": lambda results: roofline.markdown(results["roofline"]),

@@ -1,5 +1,6 @@
 """bench/: every command runs on tiny cases, and its file has what the documents are written from."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -133,6 +134,22 @@ def test_jax_commands(quick_compilation, tmp_path, capsys):
     assert "| pyreg |" in shown
 
 
+def test_training_steps_of_other_frameworks(quick_compilation, tmp_path, capsys):
+    from bench.models_others import FRAMEWORKS
+
+    for framework in [name for name in FRAMEWORKS if importlib.util.find_spec(name) or name == "linen"]:
+        pytest.importorskip("flax")
+        options = ["--framework", framework, "--quick", "--rounds", "1", "--seconds", "0.1"]
+        run("train_step", options, tmp_path / "others")
+        [record] = check_file(tmp_path / "others.json", "train_step")["records"]
+        differences = {name: variant["difference from stock"] for name, variant in record["variants"].items()}
+        assert differences["stock"] == 0
+        assert differences["pyreg"] < 1e-6 < 1e-4 < min(differences["philox"], differences["off"])
+        assert f"| {framework} | transformer-64 | 1.00 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program.main(["train_step", "--framework", "caffe"])
+
+
 def test_report_fills_the_documents(files, tmp_path, capsys):
     """From the files of the other commands; what is missing stays as it was."""
     document = tmp_path / "performance.md"
@@ -141,7 +158,7 @@ def test_report_fills_the_documents(files, tmp_path, capsys):
     program.main(["report", "--no-run", "--docs", str(files), "--documents", str(document)])
     shown = " ".join(capsys.readouterr().out.split())
     left = {name for name in report.PARTS if f"left as it was {name}:" in shown}
-    assert left == {"compare jax", "train_step"}
+    assert left == {"compare jax", "train_step", "train_step others"}
     after = document.read_text()
     assert after != before
     assert machine.cpu_model() in after
