@@ -1,7 +1,8 @@
-"""The transformer of models.py in linen, Equinox, Haiku and Keras, written as for each alone, and a training step of it.
+"""The transformer of models.py in linen, Equinox, Haiku and Keras, written as for each alone, and a training step.
 
-Each function takes the sizes of a model and what its dropout is to be: "off", "stock", "pyreg" or "philox".  It returns a
-step of gradient descent, a function of a state and an input; the state to begin with; and the parameters in a state.
+Each function takes the sizes of a model and what its dropout is to be: "off", "stock", "pyreg" or "philox".  It returns
+a step of gradient descent, a function of a state and an input; the state to begin with; and what takes the parameters
+out of a state.
 """
 
 import os
