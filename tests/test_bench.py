@@ -134,18 +134,24 @@ def test_jax_commands(quick_compilation, tmp_path, capsys):
     assert "| pyreg |" in shown
 
 
-def test_training_steps_of_other_frameworks(quick_compilation, tmp_path, capsys):
-    from bench.models_others import FRAMEWORKS
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("linen", "haiku", "keras")]  # XLA compiles for long
 
-    for framework in [name for name in FRAMEWORKS if importlib.util.find_spec(name) or name == "linen"]:
-        pytest.importorskip("flax")
-        options = ["--framework", framework, "--quick", "--rounds", "1", "--seconds", "0.1"]
-        run("train_step", options, tmp_path / "others")
-        [record] = check_file(tmp_path / "others.json", "train_step")["records"]
-        differences = {name: variant["difference from stock"] for name, variant in record["variants"].items()}
-        assert differences["stock"] == 0
-        assert differences["pyreg"] < 1e-6 < 1e-4 < min(differences["philox"], differences["off"])
-        assert f"| {framework} | transformer-64 | 1.00 |" in capsys.readouterr().out
+
+@pytest.mark.parametrize("framework", ["equinox", *SLOW])
+def test_training_steps_of_other_frameworks(quick_compilation, tmp_path, capsys, framework):
+    pytest.importorskip("flax")
+    if framework != "linen" and importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
+    options = ["--framework", framework, "--quick", "--rounds", "1", "--seconds", "0.1"]
+    run("train_step", options, tmp_path / "others")
+    [record] = check_file(tmp_path / "others.json", "train_step")["records"]
+    differences = {name: variant["difference from stock"] for name, variant in record["variants"].items()}
+    assert differences["stock"] == 0
+    assert differences["pyreg"] < 1e-6 < 1e-4 < min(differences["philox"], differences["off"])
+    assert f"| {framework} | transformer-64 | 1.00 |" in capsys.readouterr().out
+
+
+def test_frameworks_of_a_training_step():
     with pytest.raises(SystemExit):
         program.main(["train_step", "--framework", "caffe"])
 
