@@ -123,8 +123,7 @@ class BatchNorm(eqx.nn.BatchNorm):
             return super().__call__(x, state, key=key, inference=inference)
         affine = (self.weight, self.bias) if self.channelwise_affine else ()
         a = x.astype(jnp.result_type(x, *affine))
-        axes = tuple(self.axis_name) if isinstance(self.axis_name, list) else self.axis_name
-        y, *statistics = batch_norm(a, *affine, axis=0, epsilon=self.eps, axis_name=axes)
+        y, *statistics = batch_norm(a, *affine, axis=0, epsilon=self.eps, axis_name=self.axis_name)
         index = self.ema_state_index if self.mode == "ema" else self.batch_state_index
         assert index is not None
         old = state.get(index)

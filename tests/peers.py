@@ -30,7 +30,7 @@ class Peer(NamedTuple):
     repository: str  # empty: its package has the tests
     tests: tuple[str, ...]
     more: tuple[str, ...] = ()  # other files that these want
-    environ: dict[str, str] = {}
+    backend: str = ""  # of Keras
 
 
 KERAS = Peer(
@@ -44,7 +44,7 @@ KERAS = Peer(
         f"{LAYERS}/attention/grouped_query_attention_test.py",
     ),
     ("conftest.py",),
-    {"KERAS_BACKEND": "jax"},
+    "jax",
 )
 FLAX = Peer("flax", "https://github.com/google/flax", ())
 PEERS = {
@@ -58,7 +58,7 @@ PEERS = {
         "dm-haiku", "", ("haiku/_src/basic_test.py", "haiku/_src/batch_norm_test.py", "haiku/_src/nets/mlp_test.py")
     ),
     "keras": KERAS,
-    "keras-torch": KERAS._replace(environ={"KERAS_BACKEND": "torch"}),
+    "keras-torch": KERAS._replace(backend="torch"),
     "nnx": FLAX._replace(
         tests=tuple(f"tests/nnx/nn/{name}_test.py" for name in ("stochastic", "normalization", "attention"))
     ),
@@ -102,7 +102,7 @@ def _put_haiku(config):
 
 
 def _put_keras(config):
-    """Each layer is converted when it has been made."""
+    """Each layer is converted when it is first called: Keras takes a close look at __init__."""
     from keras import layers
 
     import pyreg.keras
@@ -110,13 +110,13 @@ def _put_keras(config):
     names = ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "BatchNormalization")
     for kind in [getattr(layers, name) for name in names]:
 
-        @functools.wraps(kind.__init__)
-        def make(layer, *args, kind=kind, stock=kind.__init__, **options):
-            stock(layer, *args, **options)
-            if type(layer) is kind:
+        @functools.wraps(kind.__call__)
+        def call(layer, *args, kind=kind, stock=kind.__call__, **options):
+            if type(layer) is kind and "call" not in vars(layer):
                 pyreg.keras.convert(layer)
+            return stock(layer, *args, **options)
 
-        kind.__init__ = make
+        kind.__call__ = call
 
 
 def _put_nnx(config):
@@ -177,7 +177,7 @@ def outcomes(name, folder, ours, verbose):
     peer = PEERS[name]
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         options = ["-q", "-p", "peers", "-p", "no:cacheprovider", "-p", "no:warnings", f"--junitxml={report.name}"]
-        environ = {**os.environ, **peer.environ, "PYREG_PEER": name if ours else ""}
+        environ = {**os.environ, "KERAS_BACKEND": peer.backend, "PYREG_PEER": name if ours else ""}
         environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-P", "-m", "pytest", *options, *peer.tests]
         done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)

@@ -115,6 +115,12 @@ def test_inputs():
         assert layer(np.ones(3, np.float32), training=None).sum() == 3
 
 
+def test_a_shape_that_does_not_fit():
+    for layer in pair("Dropout", 0.5, noise_shape=(2, 3)):
+        with pytest.raises(ValueError, match="Incompatible shapes for broadcasting"):
+            layer(np.ones((4, 3), np.float32), training=True)
+
+
 def test_philox():
     x = jnp.asarray(normal((6, 5, 4), np.float32))
     layer = pyreg.keras.Dropout(0.3, (None, 1, None), seed=7, impl="philox")
@@ -319,6 +325,20 @@ def test_training_and_inference():
     for a, b in zip(theirs.non_trainable_variables, ours.non_trainable_variables, strict=True):
         if "seed" in a.path:
             assert_same(a.value, b.value)
+
+
+def test_compiled_steps_are_made_anew():
+    """Else another mask would not be seen."""
+    x = np.ones((64, 6), np.float32)
+    model = keras.Sequential([keras.Input((6,)), layers.Dropout(0.5, seed=3)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    state = model.layers[0].seed_generator.state
+    losses = []
+    for change in (lambda m: m, lambda m: pyreg.keras.convert(m, impl="philox"), pyreg.keras.revert):
+        change(model)
+        state.assign([3, 0])
+        losses.append(model.fit(x, x + 1, batch_size=64, verbose=0).history["loss"])
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_numbers_of_a_model():
