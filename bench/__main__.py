@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import itertools
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ sys.path = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "bench
 
 COMMANDS = {
     "compare": "ops against NumPy, PyTorch, Flax and oneDNN",
-    "train_step": "a training step with the framework's dropout, with pyreg's, and without; --framework torch",
+    "train_step": "a training step with the framework's dropout, with pyreg's, and without; --framework NAME",
     "imports": "what importing pyreg does to the speed of PyTorch's own operations",
     "accuracy": "how right batch statistics are, beside PyTorch's and Flax's",
     "roofline": "bandwidth of each cache level, and how far each kernel is from it",
@@ -22,10 +21,20 @@ COMMANDS = {
 }
 
 
+FRAMEWORKS = {  # of train_step, each with the end of its module's name
+    "flax": "",
+    "torch": "_torch",
+    **dict.fromkeys(("linen", "equinox", "haiku", "keras", "others"), "_others"),
+}
+
+
 def module_of(command, arguments):
-    """A training step in PyTorch is a module of its own, which needs no JAX."""
-    for_torch = "--framework=torch" in arguments or ("--framework", "torch") in itertools.pairwise(arguments)
-    return f"{command}_torch" if for_torch else command
+    """A training step is in a module of its own for some frameworks, so that no other framework is needed."""
+    if command != "train_step":
+        return command
+    first = argparse.ArgumentParser(f"python -m bench {command}", add_help=False, allow_abbrev=False)
+    first.add_argument("--framework", choices=FRAMEWORKS, default="flax")
+    return command + FRAMEWORKS[first.parse_known_args(arguments)[0].framework]
 
 
 def main(arguments=None):

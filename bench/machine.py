@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyreg
 
-PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax", "onednn-cpu-gomp")
+PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax", "equinox", "dm-haiku", "keras", "onednn-cpu-gomp")
 BUSY = 0.15  # CPUs that other processes may use before the figures are doubtful
 
 

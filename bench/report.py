@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": [],
     "imports": [],
     "train_step_torch": ["--framework", "torch"],
+    "train_step_others": ["--framework", "others"],
 }
 
 
@@ -72,7 +73,7 @@ def measure(name, args):
     folder = args.docs / machine.folder()
     folder.mkdir(parents=True, exist_ok=True)
     files = ["--json", folder / f"{name}.json", "--plot", folder / f"{name}.svg"]
-    command = [sys.executable, ROOT / "bench", name.removesuffix("_torch"), *COMMANDS[name]]
+    command = [sys.executable, ROOT / "bench", re.sub("_(torch|others)$", "", name), *COMMANDS[name]]
     command += [*["--quick"] * args.quick, *files]
     console.rule(" ".join(map(str, command[2:])))
     start = time.monotonic()
@@ -182,6 +183,12 @@ def train_step_torch(results):
     return command.markdown(results["train_step_torch"])
 
 
+def train_step_others(results):
+    from bench import train_step_others as command  # needs JAX
+
+    return command.markdown(results["train_step_others"])
+
+
 PARTS = {
     "machine": about,
     "noise": noise,
@@ -189,6 +196,7 @@ PARTS = {
     "losses": losses,
     "train_step": train_step,
     "train_step torch": train_step_torch,
+    "train_step others": train_step_others,
     "imports": lambda results: imports.markdown(results["imports"]),
     "accuracy": lambda results: accuracy.markdown(results["accuracy"]),
     "roofline": lambda results: roofline.markdown(results["roofline"]),

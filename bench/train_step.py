@@ -139,7 +139,7 @@ def plot(records, found, path):
 
 def add_arguments(parser):
     output.add_arguments(parser)
-    parser.add_argument("--framework", choices=("flax", "torch"), default="flax", help="%(default)s")
+    parser.add_argument("--framework", default="flax", help="%(default)s; torch, linen, equinox, haiku, keras, others")
     parser.add_argument("--models", nargs="+", choices=MODELS, help=f"any of {', '.join(MODELS)}")
     parser.add_argument("--layers", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="off and Flax among them")
     timing.add_arguments(parser)

@@ -157,7 +157,7 @@ def markdown(result):
 
 def add_arguments(parser):
     output.add_arguments(parser)
-    parser.add_argument("--framework", choices=("flax", "torch"), help="torch")
+    parser.add_argument("--framework", help="torch")
     parser.add_argument("--models", nargs="+", choices=MODELS, help=f"any of {', '.join(MODELS)}")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of torch (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="time torch.compile(model)")

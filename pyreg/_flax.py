@@ -1,4 +1,4 @@
-"""What the drop-ins for the two families of Flax layers share: the inputs that pyreg takes, and calls of its ops."""
+"""What the drop-ins for Flax, and those for its relatives, share: the inputs that pyreg takes, and calls of its ops."""
 
 import numbers
 from typing import Any
@@ -14,16 +14,16 @@ from pyreg.jax._primitive import flag
 Array = jax.Array
 
 
-def draws(x: Any, rate: Any, impl: JaxImpl) -> bool:
+def draws(x: Any, rate: Any, impl: JaxImpl, whose: str = "Flax") -> bool:
     """Whether there is a mask to draw, and pyreg.jax.dropout means by these what Flax's Dropout does.
 
     It does not where Flax's keep probability would decide the dtype of the draw or of the result, or that is weak;
-    philox is another mask, anyhow.
+    philox is another mask, anyhow.  whose: the framework that does not check the rate.
     """
     scalar = isinstance(rate, (np.ndarray, jax.Array)) and rate.ndim == 0 and not isinstance(rate, jax.core.Tracer)
     if not (isinstance(rate, numbers.Real) or scalar):
         return False
-    if _as_rate(rate) in (0, 1) or not (hasattr(x, "dtype") and is_supported(x)):
+    if as_rate_for(whose, rate) in (0, 1) or not (hasattr(x, "dtype") and is_supported(x)):
         return False
     return impl == "philox" or (
         (isinstance(rate, (int, float)) or (rate.dtype == np.float32 and not flag("jax_enable_x64")))
@@ -32,17 +32,24 @@ def draws(x: Any, rate: Any, impl: JaxImpl) -> bool:
     )
 
 
-def _as_rate(rate: Any) -> float:
+def draws_traced(x: Any, rate: Any, impl: JaxImpl) -> bool:
+    """The same of a rate that is known when the program runs; a framework that divides by 1 - rate, and so rounds once,
+    then has values within one unit in the last place."""
+    return draws(x, 0.5, impl) and rate.ndim == 0 and bool(jnp.result_type(x, rate) == x.dtype)
+
+
+def as_rate_for(whose: str, rate: Any) -> float:
+    """The rate of a layer that a framework does not check."""
     try:
         return as_rate(rate)
     except ValueError as error:
-        raise ValueError(f"{error} (Flax does not check it, pyreg does)") from None
+        raise ValueError(f"{error} ({whose} does not check it, pyreg does)") from None
 
 
 def draws_weights(given: dict[str, Any]) -> bool:
     """Whether attention with these arguments, by Flax's names, has a mask to draw."""
     off = given["deterministic"] or given["dropout_rng"] is None
-    return not off and _as_rate(given["dropout_rate"]) not in (0, 1)
+    return not off and as_rate_for("Flax", given["dropout_rate"]) not in (0, 1)
 
 
 def drop_weights(weights: Array, dtype: Any, given: dict[str, Any], impl: JaxImpl) -> Array:
@@ -76,7 +83,7 @@ def normalise(layer: Any, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Arr
         axis=layer.axis,
         epsilon=layer.epsilon,
         mask=None if mask is None else jnp.asarray(mask, bool),
-        activation=layer.activation,
+        activation=getattr(layer, "activation", None),  # which Flax's own layers have not
         axis_name=layer.axis_name,
         axis_index_groups=layer.axis_index_groups,
     )

@@ -1,5 +1,6 @@
 """bench/: every command runs on tiny cases, and its file has what the documents are written from."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -140,6 +141,28 @@ def asked_for(text):
     return re.findall("<!-- bench: (.*) -->", text)
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("linen", "haiku", "keras")]  # XLA compiles for long
+
+
+@pytest.mark.parametrize("framework", ["equinox", *SLOW])
+def test_training_steps_of_other_frameworks(quick_compilation, tmp_path, capsys, framework):
+    pytest.importorskip("flax")
+    if framework != "linen" and importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
+    options = ["--framework", framework, "--quick", "--rounds", "1", "--seconds", "0.1"]
+    run("train_step", options, tmp_path / "others")
+    [record] = check_file(tmp_path / "others.json", "train_step")["records"]
+    differences = {name: variant["difference from stock"] for name, variant in record["variants"].items()}
+    assert differences["stock"] == 0
+    assert differences["pyreg"] < 1e-6 < 1e-4 < min(differences["philox"], differences["off"])
+    assert f"| {framework} | transformer-64 | 1.00 |" in capsys.readouterr().out
+
+
+def test_frameworks_of_a_training_step():
+    with pytest.raises(SystemExit):
+        program.main(["train_step", "--framework", "caffe"])
+
+
 def test_report_fills_the_documents(files, tmp_path, capsys):
     """From the files of the other commands; what is missing stays as it was."""
     document = tmp_path / "performance.md"
@@ -148,7 +171,7 @@ def test_report_fills_the_documents(files, tmp_path, capsys):
     program.main(["report", "--no-run", "--docs", str(files.parent), "--documents", str(document)])
     shown = " ".join(capsys.readouterr().out.split())
     left = {name for name in asked_for(before) if f"left as it was {name}:" in shown}
-    assert left == {"compare jax", "train_step", "plot compare-jax", "plot train_step"}
+    assert left == {"compare jax", "train_step", "train_step others", "plot compare-jax", "plot train_step"}
     after = document.read_text()
     assert after != before
     assert machine.cpu_model() in after

@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MENTIONS = {  # a package, and how code mentions it
+    "flax": r"\b(jax|flax|nnx|linen)\b",
+    "torch": r"\btorch\b",
+    "equinox": r"\b(equinox|eqx)\b",
+    "haiku": r"\b(haiku|hk)\b",
+    "keras": r"\b(keras|KERAS_BACKEND)\b",
+}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -24,7 +31,7 @@ def blocks(page, language):
 def test_python_blocks_run(page, threads):
     """The blocks of a page are one program.  It goes without those that mention a framework that is not there."""
     names, left_out = {"__name__": page.stem}, 0
-    missing = [r"\b(jax|flax|nnx|linen)\b"] * (not find_spec("flax")) + [r"\btorch\b"] * (not find_spec("torch"))
+    missing = [mentions for package, mentions in MENTIONS.items() if not find_spec(package)]
     for line, code in blocks(page, "python"):
         if any(re.search(names_of_it, code) for names_of_it in missing):
             left_out += 1

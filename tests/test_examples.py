@@ -38,6 +38,25 @@ def test_linen_guide():
     np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=1e-4)
 
 
+def test_uncertainty():
+    """Rates rise, the loss falls, another rate compiles nothing, and answers spread far from the points."""
+    program = example("uncertainty")
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.uniform(keys[0], (100, 1), minval=-1, maxval=1)
+    start, y = program.create_params(keys[1]), jax.numpy.sin(3 * x)
+    for rate in (0.05, 0.2):
+        params, (rates, losses) = program.train(start, x, y, rate, keys[2], 300)
+        np.testing.assert_allclose(rates[jax.numpy.array([0, 75, 150, -1])], [0, rate / 2, rate, rate], rtol=1e-6)
+        assert losses[-50:].mean() < 0.3 * losses[:10].mean()
+    assert program.train._cache_size() == 1
+    points = jax.numpy.array([[-2.0], [0.0], [0.5], [2.0]])
+    mean, spread = program.ask(params, points, rate, jax.random.split(keys[0], 50))
+    assert mean.shape == (4, 1)
+    assert spread[jax.numpy.array([0, 3])].min() > spread[1:3].max() > 0.01
+    jaxpr = str(jax.make_jaxpr(program.ask)(params, points, rate, jax.random.split(keys[0], 50)))
+    assert "f32[50,4,1]" not in jaxpr.split("pyreg_dropout")[0]  # before the first mask there is nothing fifty times
+
+
 def test_dropout_from_scratch(capsys, tmp_path):
     scratch = example("dropout_from_scratch")
     scratch.compare()

@@ -1,8 +1,10 @@
 """pyreg.linen against Flax's linen: layers, attention, and models with either."""
 
+import doctest
 import functools
 import inspect
 import warnings
+from typing import Any
 
 import jaxcommon
 import ml_dtypes
@@ -159,6 +161,117 @@ def test_philox():
     y = pyreg.linen.Dropout(0.3, (0,), False, impl="philox").apply({}, x, rngs=RNGS)
     assert_same(y, pyreg.jax.dropout(x, 0.3, key=key, broadcast_dims=(0,), impl="philox"))
     assert (y != pyreg.linen.Dropout(0.3, (0,), False).apply({}, x, rngs=RNGS)).any()
+
+
+# ---- Whole channels, samples and words -------------------------------------------------------------------------------
+
+SHARED = [  # how to make a layer; the shape of an input; dims that share one draw
+    ("Dropout1d", {}, (3, 5, 6), (1,)),
+    ("Dropout1d", {"axis": 1}, (6, 5), (1,)),
+    ("Dropout2d", {}, (3, 5, 3, 6), (1, 2)),
+    ("Dropout2d", {"axis": 1}, (3, 6, 5, 3), (2, 3)),
+    ("Dropout3d", {}, (5, 3, 2, 6), (0, 1, 2)),
+    ("DropPath", {}, (20, 3, 2), (1, 2)),
+    ("WordDropout", {}, (4, 5, 3), (2,)),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "shape", "dims"), SHARED)
+@pytest.mark.parametrize("rate", [HALF, 1.0])
+def test_shared_masks(name, options, shape, dims, rate):
+    """Flax's numbers with `broadcast_dims`, also where Flax computes; and philox."""
+    x, make = jnp.asarray(normal(shape, np.float32)), getattr(pyreg.linen, name)
+    layer = make(rate, rng_collection="noise", **options)
+    got = layer.apply({}, x, False, rngs=RNGS)
+    assert_same(got, linen.Dropout(rate, dims, False, "noise").apply({}, x, rngs=RNGS))
+    assert_same(layer.apply({}, x, False, KEY), linen.Dropout(rate, dims, False).apply({}, x, rng=KEY))
+    weak = jnp.full(shape, 2.0)  # for Flax
+    assert_same(layer.apply({}, weak, False, KEY), linen.Dropout(rate, dims, False).apply({}, weak, rng=KEY))
+    assert make(rate, True, **options).apply({}, x) is x
+    philox = make(rate, False, **options, impl="philox").apply({}, x, rng=KEY)
+    assert_same(philox, pyreg.jax.dropout(x, rate, key=KEY, broadcast_dims=dims, impl="philox"))
+
+
+@pytest.mark.parametrize("name", ["DropPath", "WordDropout"])
+def test_without_scale(name):
+    x = jnp.asarray(normal((30, 4), np.float16)).at[:, 0].set(np.nan)
+    layer = getattr(pyreg.linen, name)(0.25, scale_by_keep=False)
+    kept = np.asarray(pyreg.linen.Dropout(0.25, (1,)).apply({}, jnp.ones((30, 4)), False, KEY)) != 0
+    assert 0 < kept.sum() < kept.size
+    assert_same(layer.apply({}, x, False, KEY), np.where(kept, x, np.float16(0)))
+    assert_same(layer.apply({}, x, True), x)
+
+
+def test_errors_of_shared_masks():
+    with pytest.raises(ValueError, match="axis is 0; wanted the dim of the channels"):
+        pyreg.linen.Dropout2d(0.5, axis=0).apply({}, jnp.ones((1, 2, 3, 4)), False, KEY)
+    with pytest.raises(ValueError, match="has 2 dims; wanted 4, or 3 without"):
+        pyreg.linen.Dropout2d(0.5).apply({}, jnp.ones((2, 3)), False, KEY)
+    with pytest.raises(ValueError, match="has 0 dims; wanted a batch"):
+        pyreg.linen.DropPath(0.5).apply({}, jnp.float32(1), False, KEY)
+    with pytest.raises(TypeError, match="broadcast_dims"):
+        pyreg.linen.Dropout1d(0.5, broadcast_dims=(1,))
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(pyreg.linen).failed == 0
+
+
+# ---- Models with Flax's own layers -----------------------------------------------------------------------------------
+
+
+class Own(linen.Module):
+    """Attention, dropout and batch-norm of one family, or Flax's."""
+
+    family: Any = linen
+
+    @linen.compact
+    def __call__(self, x, train=True):
+        options = {} if self.family is linen else {"attention_fn": self.family.dot_product_attention}
+        y = linen.MultiHeadDotProductAttention(2, dropout_rate=0.3, deterministic=not train, name="a", **options)(x)
+        y = self.family.Dropout(0.3, deterministic=not train, name="b")(x + apart(y))
+        return self.family.BatchNorm(use_running_average=not train, momentum=0.9, name="c")(apart(y))
+
+
+@pytest.mark.parametrize("impl", ["auto", "philox"])
+def test_accelerate(quick_compilation, impl):
+    x, model = jnp.asarray(normal((3, 5, 8), np.float32)), Own()
+    variables = model.init(RNGS, x)
+
+    def run(model):
+        return model.apply(variables, x, rngs=RNGS, mutable=["batch_stats"])
+
+    stock, want = run(model), run(Own(pyreg.linen))
+    with pyreg.linen.accelerate(impl=impl):
+        got = run(model)
+        assert_same(model.init(RNGS, x), variables)
+        assert_same(model.apply(variables, x, False), Own(pyreg.linen).apply(variables, x, False))
+    if impl == "auto":
+        assert_same(got, want)
+    else:
+        assert not np.allclose(got[0], want[0])
+    assert_same(run(model), stock)  # the end of the block is the end of it
+
+
+def test_accelerate_leaves_others_alone():
+    class Other(linen.Dropout):
+        pass
+
+    def attention(*args, **options):
+        raise AssertionError("called")
+
+    x = jnp.ones((2, 3, 8))
+    want = linen.Dropout(HALF).apply({}, x, False, KEY)
+    with pyreg.linen.accelerate(impl="philox"):
+        assert_same(Other(HALF).apply({}, x, False, KEY), want)
+        with pytest.raises(AssertionError, match="called"):
+            linen.MultiHeadDotProductAttention(2, attention_fn=attention).init(RNGS, x)
+        bound = linen.MultiHeadDotProductAttention(2)
+        bound = bound.bind(bound.init(RNGS, x))
+        bound(x)
+        assert bound.attention_fn is linen.dot_product_attention
+    with pytest.raises(ValueError, match="impl is 'x'"), pyreg.linen.accelerate(impl="x"):
+        pass
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------

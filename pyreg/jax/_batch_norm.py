@@ -553,7 +553,11 @@ def batch_norm(
     if axis_name is None:
         y, mean, _, var = forward_p.bind(a, scale, bias, words, mask, residual, o=o)
         return y, mean, var
-    statistics = forward_p.bind(a, scale, bias, words, mask, np.zeros(0, x.dtype), o=o.for_pooling)[1:]
+    if not o.masked and x.size == x.shape[axis]:  # as where vmap maps over all other dims: no work for a kernel
+        mean = _wide(a).reshape(-1)
+        statistics = [mean, jnp.zeros_like(mean), jnp.zeros_like(mean)]
+    else:
+        statistics = forward_p.bind(a, scale, bias, words, mask, np.zeros(0, x.dtype), o=o.for_pooling)[1:]
     psum = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
     mean, low, var = _pool(_weight(a, scale, mask, o=o), statistics, psum)
     return _normalise(a, scale, bias, epsilon, residual, mean, low, var, o=o), mean, var
