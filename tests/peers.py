@@ -120,6 +120,7 @@ def _put_keras(config):
 
 
 def _put_nnx(config):
+    """Of linen, too: these tests compare batch-norm of the two bit for bit."""
     from flax import nnx
 
     import pyreg.nnx
@@ -135,6 +136,7 @@ def _put_nnx(config):
             layer.attention_fn = pyreg.nnx.dot_product_attention
 
     nnx.MultiHeadAttention.__init__ = with_attention
+    _put_linen(config)
 
 
 def _put_linen(config):
