@@ -115,7 +115,14 @@ static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
 
 #if (defined(PYREG_F16) || defined(PYREG_BF16)) && ((defined(__AVX2__) && defined(__F16C__)) || defined(__aarch64__))
 #define HALVES
-static inline vecf load_floats(const elem_t *x) {
+enum lanes { NEIGHBOURS, EVEN, ODD }; /* the last two: bfloat16 only, the half of a pair in each lane */
+
+static inline vecf load_floats(const elem_t *x, enum lanes which) {
+    if (which != NEIGHBOURS) {
+        vec32 pair;
+        memcpy(&pair, x, sizeof pair);
+        return (vecf)(which == EVEN ? pair << 16 : pair & 0xffff0000u);
+    }
 #if defined(PYREG_F16) && defined(__AVX512F__)
     return (vecf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
 #elif defined(PYREG_F16) && defined(__F16C__)
@@ -131,7 +138,16 @@ static inline vecf load_floats(const elem_t *x) {
 #endif
 }
 
-/* bfloat16: a NaN ends in 16 zero bits, so that to round it does not carry. */
+#if defined(PYREG_BF16)
+/* In the upper half of each lane.  A NaN ends in 16 zero bits, so that to round it does not carry. */
+static inline vec32 round_bf16(vecf v) { return (vec32)v + 0x7fff + ((vec32)v >> 16 & 1); }
+
+static inline void store_pairs(elem_t *to, vecf even, vecf odd) {
+    const vec32 pair = round_bf16(even) >> 16 | (round_bf16(odd) & 0xffff0000u);
+    memcpy(to, &pair, sizeof pair);
+}
+#endif
+
 static inline void store_floats(elem_t *to, vecf v) {
 #if defined(PYREG_F16) && defined(__AVX512F__)
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
@@ -140,7 +156,7 @@ static inline void store_floats(elem_t *to, vecf v) {
 #elif defined(PYREG_F16)
     vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
-    const vec32 u = (vec32)v, rounded = u + 0x7fff + (u >> 16 & 1);
+    const vec32 rounded = round_bf16(v);
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
 #elif defined(__AVX2__)

@@ -54,17 +54,17 @@ struct lane_results {
     vecf out, dresidual;
 };
 
-/* LANES32 elements from j on. */
-static ALWAYS_INLINE struct lane_results sweep_lanes(const struct lane_coefficients *c, const struct sweep *s,
-                                                     size_t j) {
-    const vecf d = load_floats(s->x + j) - c->centre;
+/* LANES32 elements from j on; or, of a line of bfloat16 without a mask, of 2 LANES32 those at even places, or at odd. */
+static ALWAYS_INLINE struct lane_results sweep_lanes(const struct lane_coefficients *c, const struct sweep *s, size_t j,
+                                                     enum lanes which) {
+    const vecf d = load_floats(s->x + j, which) - c->centre;
     if (!s->dy) {
         vecf y = d * c->gain + c->offset;
-        if (s->residual) y += load_floats(s->residual + j);
+        if (s->residual) y += load_floats(s->residual + j, which);
         return (struct lane_results){.out = larger(s->floor, y)};
     }
-    vecf g = load_floats(s->dy + j), through_statistics = c->slope * d + c->offset;
-    if (s->relu_y) g = (vecf)((vec32)g & (vec32)(load_floats(s->relu_y + j) > 0));
+    vecf g = load_floats(s->dy + j, which), through_statistics = c->slope * d + c->offset;
+    if (s->relu_y) g = (vecf)((vec32)g & (vec32)(load_floats(s->relu_y + j, which) > 0));
     if (s->mask) {
         vec32 counts;
         for (size_t l = 0; l < LANES32; l++) counts[l] = -(uint32_t)s->mask[j + l];
@@ -96,7 +96,7 @@ static ALWAYS_INLINE void sweep_few(const struct lane_coefficients *c, const str
         .mask = padded(mask, s->mask ? s->mask + j : NULL, n),
         .floor = s->floor,
     };
-    const struct lane_results r = sweep_lanes(c, &few, 0);
+    const struct lane_results r = sweep_lanes(c, &few, 0, NEIGHBOURS);
     store_results(&r, y, dresidual ? g : NULL, 0);
     memcpy(out, y, bytes);
     if (dresidual) memcpy(dresidual, g, bytes);
@@ -114,10 +114,18 @@ static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const
     /* The last vector overlaps the one before, and is read first: what it reads may be overwritten by then. */
     const size_t last = n - LANES32;
     struct lane_coefficients of_last = channel_line ? v : lanes_of(c, k + last, false);
-    const struct lane_results end = sweep_lanes(&of_last, s, j + last);
-    for (size_t i = 0; i < last; i += LANES32) {
+    const struct lane_results end = sweep_lanes(&of_last, s, j + last, NEIGHBOURS);
+    size_t i = 0;
+#if defined(PYREG_BF16)
+    for (; channel_line && !s->mask && i + 2 * LANES32 <= n; i += 2 * LANES32) { /* no shuffles */
+        const struct lane_results even = sweep_lanes(&v, s, j + i, EVEN), odd = sweep_lanes(&v, s, j + i, ODD);
+        store_pairs(out + i, even.out, odd.out);
+        if (dresidual) store_pairs(dresidual + i, even.dresidual, odd.dresidual);
+    }
+#endif
+    for (; i < last; i += LANES32) {
         if (!channel_line) v = lanes_of(c, k + i, false);
-        const struct lane_results r = sweep_lanes(&v, s, j + i);
+        const struct lane_results r = sweep_lanes(&v, s, j + i, NEIGHBOURS);
         store_results(&r, out, dresidual, i);
     }
     store_results(&end, out, dresidual, last);
