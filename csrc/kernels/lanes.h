@@ -8,8 +8,6 @@
 #include "kernels.h"
 #include "vec.h"
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
 /* ---- A vector of elements as bits, for dropout.  Spelled out because compilers find these in a plain loop on some
  * targets only. ---------------------------------------------------------------------------------------------------- */
 
@@ -46,6 +44,28 @@ static inline void store_kept(elem_t *y, vec v, uint32_t kept) {
 #endif
 }
 
+#if defined(PYREG_BF16)
+/* Two elements are in each 32-bit lane: the upper one is a float once the lower is cleared, the lower once it is shifted
+ * up.  So no lanes are shuffled. */
+static inline vecf odd_floats(const elem_t *x) {
+    vec32 pairs;
+    memcpy(&pairs, x, sizeof pairs);
+    return (vecf)(pairs & 0xffff0000u);
+}
+
+static inline vecf even_floats(const elem_t *x) {
+    vec32 pairs;
+    memcpy(&pairs, x, sizeof pairs);
+    return (vecf)(pairs << 16);
+}
+
+/* Of floats whose upper halves are the elements. */
+static inline vec32 pairs_of(vec32 even, vec32 odd) { return even >> 16 | (odd & 0xffff0000u); }
+
+/* To even, in the upper half of each lane.  Simpler than store(): here a NaN ends in 16 zero bits, so it does not carry. */
+static inline vec32 round_bf16(vecf v) { return (vec32)v + 0x7fff + ((vec32)v >> 16 & 1); }
+#endif
+
 /* Whether a product with this scale may lie between two elements.  With the reciprocal of a bfloat16 none does: it has
  * one of 128 significands, and so has x: all 16,384 pairs were tried, and are by the tests. */
 static inline bool may_tie(acc_t scale) {
@@ -60,19 +80,9 @@ static inline bool may_tie(acc_t scale) {
 /* One vector of x * scale, in the element type; ties: may_tie(scale). */
 #if defined(PYREG_BF16)
 static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
-    /* Two in each 32-bit lane: the upper one is a float once the lower is cleared, the lower once it is shifted up.
-     * Rounding is simpler than store()'s: the product of a NaN ends in 16 zero bits, so it does not carry. */
-    vec32 pair;
-    memcpy(&pair, x, sizeof pair);
-    vec32 a = (vec32)((vecf)(pair & 0xffff0000u) * scale), b = (vec32)((vecf)(pair << 16) * scale);
-    if (ties) { /* to even */
-        a += 0x7fff + (a >> 16 & 1);
-        b += 0x7fff + (b >> 16 & 1);
-    } else {
-        a += 0x8000;
-        b += 0x8000;
-    }
-    return (vec16)((a & 0xffff0000u) | b >> 16);
+    const vecf odd = odd_floats(x) * scale, even = even_floats(x) * scale;
+    if (ties) return (vec16)pairs_of(round_bf16(even), round_bf16(odd));
+    return (vec16)pairs_of((vec32)even + 0x8000, (vec32)odd + 0x8000);
 }
 #elif defined(PYREG_F16) && defined(__AVX512F__)
 static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
@@ -118,11 +128,11 @@ static inline vec scaled(const elem_t *x, acc_t scale, bool ties) {
 enum lanes { NEIGHBOURS, EVEN, ODD }; /* the last two: bfloat16 only, the half of a pair in each lane */
 
 static inline vecf load_floats(const elem_t *x, enum lanes which) {
-    if (which != NEIGHBOURS) {
-        vec32 pair;
-        memcpy(&pair, x, sizeof pair);
-        return (vecf)(which == EVEN ? pair << 16 : pair & 0xffff0000u);
-    }
+#if defined(PYREG_BF16)
+    if (which != NEIGHBOURS) return which == EVEN ? even_floats(x) : odd_floats(x);
+#else
+    (void)which;
+#endif
 #if defined(PYREG_F16) && defined(__AVX512F__)
     return (vecf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
 #elif defined(PYREG_F16) && defined(__F16C__)
@@ -139,12 +149,9 @@ static inline vecf load_floats(const elem_t *x, enum lanes which) {
 }
 
 #if defined(PYREG_BF16)
-/* In the upper half of each lane.  A NaN ends in 16 zero bits, so that to round it does not carry. */
-static inline vec32 round_bf16(vecf v) { return (vec32)v + 0x7fff + ((vec32)v >> 16 & 1); }
-
 static inline void store_pairs(elem_t *to, vecf even, vecf odd) {
-    const vec32 pair = round_bf16(even) >> 16 | (round_bf16(odd) & 0xffff0000u);
-    memcpy(to, &pair, sizeof pair);
+    const vec32 pairs = pairs_of(round_bf16(even), round_bf16(odd));
+    memcpy(to, &pairs, sizeof pairs);
 }
 #endif
 

@@ -129,8 +129,7 @@ static void philox_block(const uint32_t key[2], const uint32_t counter[4], uint3
 enum { STEP = CHAINS * LANES32, SPAN = STEP > 64 ? STEP : 64 };
 
 /* Bits of STEP elements, from the one with the given index on, which is a multiple of that. */
-static inline __attribute__((always_inline)) void threefry_bits(const struct draw *draw, uint64_t index, bool x64,
-                                                                uint64_t bits[SPAN / 64]) {
+static ALWAYS_INLINE void threefry_bits(const struct draw *draw, uint64_t index, bool x64, uint64_t bits[SPAN / 64]) {
     struct threefry_state s;
     for (uint32_t c = 0; c < CHAINS; c++) {
         s.x0[c] = splat32((uint32_t)(index >> 32));

@@ -12,6 +12,8 @@
 #include <arm_neon.h>
 #endif
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 #if defined(__AVX512F__)
 enum { VEC_BYTES = 64 };
 #elif defined(__AVX2__)

@@ -1,4 +1,4 @@
-/* The C library alone, for sanitizers: many threads that call at once, with different numbers of threads, with its pool
+/* The C library alone, for sanitizers: many threads that call at once, with different numbers of threads, with its pool,
  * with OpenMP's teams and with another pool, are stopped, and fork in the midst of calls.
  *
  *   cmake -B build/san -DPYREG_SANITIZE=thread && cmake --build build/san && ctest --test-dir build/san
