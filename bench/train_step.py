@@ -43,9 +43,20 @@ def compiled_step(model, variant, x):
     """The step, the state to begin with, and the seconds it took to compile."""
     step, state = training_step(VARIANTS[variant](MODELS[model].build()))
     with pyreg.jax.accelerate_random() if variant.endswith("accelerated") else contextlib.nullcontext():
-        lowered = jax.jit(step).lower(state, x)
-        start = time.perf_counter()
-        return lowered.compile(), state, time.perf_counter() - start
+        compiled, seconds = compile_step(step, state, x)
+        return compiled, state, seconds
+
+
+def compile_step(step, state, x):
+    """The compiled step, and the seconds that XLA took for it."""
+    lowered = jax.jit(step).lower(state, x)
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
+
+
+def difference(parameters, others):
+    """The largest one between two lists of arrays."""
+    return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(parameters, others, strict=True))
 
 
 def parameters_after(step, state, x, steps=5):
@@ -63,8 +74,7 @@ def measure(model, args):
         steps[name] = lambda step=step, state=state: jax.block_until_ready(step(state, x))
         variants[name] = {"compile seconds": seconds, "temporary bytes": step.memory_analysis().temp_size_in_bytes}
     for name, variant in variants.items():
-        pairs = zip(after[name], after["Flax"], strict=True)
-        variant["difference from Flax"] = max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
+        variant["difference from Flax"] = difference(after[name], after["Flax"])
     pairs = [(name, "off") for name in steps]
     times = timing.compared(timing.interleave(steps, args, pairs), pairs)
     about = {**MODELS[model]._asdict(), "kind": MODELS[model].kind.__name__}

@@ -7,15 +7,13 @@ The variants take turns.  A ratio is taken within each turn, and the table has t
 steps are compared bit for bit with those of the framework's own dropout.
 """
 
-import time
-
 import jax
-import jax.numpy as jnp
 
 from bench import machine, output, timing
 from bench.models import MODELS
 from bench.models_others import FRAMEWORKS
 from bench.output import number_text, time_text
+from bench.train_step import compile_step, difference
 
 VARIANTS = ("off", "stock", "pyreg", "philox")
 TRANSFORMERS = [name for name in MODELS if name.startswith("transformer")]
@@ -27,17 +25,14 @@ def measure(framework, model, args):
     calls, variants, after = {}, {}, {}
     for name in VARIANTS:
         step, state, params_of = FRAMEWORKS[framework](MODELS[model], name)
-        lowered = jax.jit(step).lower(state, x)
-        start = time.perf_counter()
-        compiled = lowered.compile()
-        variants[name] = {"compile seconds": time.perf_counter() - start}
+        compiled, seconds = compile_step(step, state, x)
+        variants[name] = {"compile seconds": seconds}
         calls[name] = lambda step=compiled, state=state: jax.block_until_ready(step(state, x))
         for _ in range(5):
             state = compiled(state, x)
         after[name] = jax.tree.leaves(params_of(state))
     for name, variant in variants.items():
-        pairs = zip(after[name], after["stock"], strict=True)
-        variant["difference from stock"] = max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
+        variant["difference from stock"] = difference(after[name], after["stock"])
     times = timing.compared(timing.interleave(calls, args, PAIRS), PAIRS)
     sizes = {key: value for key, value in MODELS[model]._asdict().items() if key != "kind"}
     return {"framework": framework, "model": model, **sizes, **times, "variants": variants}

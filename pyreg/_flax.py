@@ -1,13 +1,14 @@
 """What the drop-ins for Flax, and those for its relatives, share: the inputs that pyreg takes, and calls of its ops."""
 
 import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pyreg._arguments import Activation, JaxImpl, as_rate, as_relu, is_supported
+from pyreg._arguments import Activation, JaxImpl, as_rate, as_relu, is_supported, mask_shape
 from pyreg.jax import batch_norm, dropout
 from pyreg.jax._primitive import flag
 
@@ -67,6 +68,11 @@ def drop_weights(weights: Array, dtype: Any, given: dict[str, Any], impl: JaxImp
 
 def activate(y: Array, activation: Activation | None) -> Array:
     return jax.nn.relu(y) if as_relu(activation) else y
+
+
+def keep_whole(drop: Callable[[Array], Array], inputs: Any, dims: Sequence[int]) -> Array:
+    """Dropout without a scale: the inputs where a dropout with a mask that is shared along `dims` keeps ones."""
+    return jnp.where(drop(jnp.ones(mask_shape(jnp.shape(inputs), tuple(dims)))) != 0, inputs, 0)
 
 
 def normalises(x: Any, axis: Any) -> bool:

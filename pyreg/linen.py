@@ -20,7 +20,7 @@ from flax.linen import dtypes
 
 from pyreg import _arguments as arg
 from pyreg._arguments import Activation, JaxImpl
-from pyreg._flax import activate, draws, draws_weights, drop_weights, normalise, normalises, step
+from pyreg._flax import activate, draws, draws_weights, drop_weights, keep_whole, normalise, normalises, step
 from pyreg.jax import dropout
 
 __all__ = [
@@ -196,8 +196,7 @@ class _WholeDropout(_SharedDropout):
         dims = self._shared_dims(jnp.ndim(inputs))
         if self.scale_by_keep:
             return _drop(self, inputs, dims, self.impl, deterministic, rng)
-        ones = jnp.ones(arg.mask_shape(jnp.shape(inputs), dims))
-        return jnp.where(_drop(self, ones, dims, self.impl, deterministic, rng) != 0, inputs, 0)
+        return keep_whole(lambda ones: _drop(self, ones, dims, self.impl, deterministic, rng), inputs, dims)
 
 
 class DropPath(_WholeDropout):

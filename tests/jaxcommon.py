@@ -22,6 +22,15 @@ CHECKPOINTS = {  # options of jax.checkpoint
     " of products": {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable},
     " kept whole": {"prevent_cse": False},
 }
+INPUTS = {  # that dropout of each framework takes or refuses in its own way
+    "integers": jax.numpy.ones((4, 5), jax.numpy.int32),
+    "complex": jax.numpy.ones((4, 5), jax.numpy.complex64),
+    "NumPy": np.ones((4, 5), np.float32),
+    "weak": jax.numpy.full((4, 5), 1.0),
+    "scalar": jax.numpy.float32(1),
+    "empty": jax.numpy.ones((4, 0, 5)),
+    "number": 1.0,
+}
 
 
 def has_key_impl(name):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 from common import in_threads, normal, python
-from jaxcommon import assert_same, jax, outcome
+from jaxcommon import INPUTS, assert_same, jax, outcome
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages, while they are imported
@@ -83,15 +83,6 @@ KEYS = {
     "rbg": jax.random.key(5, impl="rbg"),
     "none": None,
     "int": 3,
-}
-INPUTS = {
-    "integers": jnp.ones((4, 5), jnp.int32),
-    "complex": jnp.ones((4, 5), jnp.complex64),
-    "NumPy": np.ones((4, 5), np.float32),
-    "weak": jnp.full((4, 5), 1.0),
-    "scalar": jnp.float32(1),
-    "empty": jnp.ones((4, 0, 5)),
-    "number": 1.0,
 }
 
 

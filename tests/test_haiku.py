@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from common import in_threads, normal
-from jaxcommon import assert_same, jax, outcome
+from jaxcommon import INPUTS, assert_same, jax, outcome
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages, while they are imported
@@ -78,17 +78,6 @@ def test_dtypes(x64, dtype):
     for rate in (0.9127555772777217, np.float16(0.3)):
         theirs, ours = (jax.jit(drop, static_argnums=1)(KEY, rate, x) for drop in FUNCTIONS)
         assert_same(positive_zeros(ours), positive_zeros(theirs))
-
-
-INPUTS = {
-    "integers": jnp.ones((4, 5), jnp.int32),
-    "complex": jnp.ones((4, 5), jnp.complex64),
-    "NumPy": np.ones((4, 5), np.float32),
-    "weak": jnp.full((4, 5), 1.0),
-    "scalar": jnp.float32(1),
-    "empty": jnp.ones((4, 0, 5)),
-    "number": 1.0,
-}
 
 
 @pytest.mark.parametrize("name", INPUTS)

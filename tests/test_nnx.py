@@ -14,6 +14,7 @@ import reference
 from common import normal, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxcommon import INPUTS as COMMON_INPUTS
 from jaxcommon import assert_same, jax, nnx, outcome, ulps
 from test_batchnorm import offset_normal
 
@@ -122,18 +123,12 @@ def test_rngs(at_construction, at_call):
 
 
 INPUTS = {
+    **COMMON_INPUTS,
     "float16": jnp.ones((4, 5), jnp.float16),
     "bfloat16": jnp.ones((4, 5), jnp.bfloat16),
-    "integers": jnp.ones((4, 5), jnp.int32),
-    "complex": jnp.ones((4, 5), jnp.complex64),
     "float8": jnp.ones((4, 5), jnp.float8_e4m3fn),
-    "NumPy": np.ones((4, 5), np.float32),
     "NumPy, float64": np.ones((4, 5)),
     "NumPy, read only": np.broadcast_to(np.float32(1), (4, 5)),
-    "weak": jnp.full((4, 5), 1.0),
-    "scalar": jnp.float32(1),
-    "empty": jnp.ones((4, 0, 5)),
-    "a number": 1.0,
     "a list": [1.0],
 }
 

@@ -1,5 +1,6 @@
 """Layers of Flax's nnx whose numbers pyreg's kernels compute."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from flax import nnx
 
 from pyreg import _arguments as arg
 from pyreg._arguments import Activation, JaxImpl
-from pyreg._flax import activate, draws, normalise, normalises, step
+from pyreg._flax import activate, draws, keep_whole, normalise, normalises, step
 from pyreg.jax import dropout
 
 Streams = nnx.Rngs | nnx.RngStream | jax.Array
@@ -196,8 +197,8 @@ class _WholeDropout(_SharedDropout):
         """As :class:`Dropout`'s."""
         if self.scale_by_keep:
             return super().__call__(inputs, **options)
-        shape = arg.mask_shape(jnp.shape(inputs), self._shared_dims(jnp.ndim(inputs)))
-        return jnp.where(super().__call__(jnp.ones(shape), **options) != 0, inputs, 0)
+        drop = functools.partial(super().__call__, **options)
+        return keep_whole(drop, inputs, self._shared_dims(jnp.ndim(inputs)))
 
 
 class DropPath(_WholeDropout):
