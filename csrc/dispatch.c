@@ -20,10 +20,13 @@ DECLARE(v4);
         [PYREG_F16] = &pyreg_kernels_##isa##_F16, [PYREG_BF16] = &pyreg_kernels_##isa##_BF16                           \
     }
 
-static bool always(void) { return true; }
+/* Those that PYREG_ISAS leaves out of CMake's list are PYREG_WITHOUT_..., and nothing asks for them. */
+#define MAY_BE_UNUSED __attribute__((unused))
+
+static MAY_BE_UNUSED bool always(void) { return true; }
 #if defined(__x86_64__)
-static bool has_v3(void) { return __builtin_cpu_supports("x86-64-v3"); }
-static bool has_v4(void) { return __builtin_cpu_supports("x86-64-v4"); }
+static MAY_BE_UNUSED bool has_v3(void) { return __builtin_cpu_supports("x86-64-v3"); }
+static MAY_BE_UNUSED bool has_v4(void) { return __builtin_cpu_supports("x86-64-v4"); }
 #endif
 
 /* Best first. */
@@ -33,11 +36,15 @@ static const struct isa {
     const struct mask_kernels *masks;
     const struct kernels *kernels[PYREG_NUM_DTYPES];
 } isas[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYREG_WITHOUT_v4)
     {"x86-64-v4", has_v4, TABLES(v4)},
+#endif
+#if defined(__x86_64__) && !defined(PYREG_WITHOUT_v3)
     {"x86-64-v3", has_v3, TABLES(v3)},
 #endif
+#if !defined(PYREG_WITHOUT_baseline)
     {"baseline", always, TABLES(baseline)},
+#endif
 };
 enum { NUM_ISAS = sizeof isas / sizeof isas[0] };
 
