@@ -457,7 +457,7 @@ def use_isa(str name):
 
 
 def ffi_handlers():
-    """XLA's handlers by name, as capsules; none in a build without XLA's headers."""
+    """XLA's handlers by name, as capsules."""
     handlers, i = {}, 0
     while pyreg_ffi_handlers[i].name != NULL:
         handlers[pyreg_ffi_handlers[i].name.decode()] = PyCapsule_New(pyreg_ffi_handlers[i].handler, NULL, NULL)
