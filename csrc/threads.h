@@ -1,5 +1,6 @@
 /* How many threads a call may have, by the caller, the operating system and OpenMP's settings.  The only file that
- * knows OpenMP; but for a team or a pool that was asked for, threads are our own, in parallel.c. */
+ * knows OpenMP; but for a team or a pool that was asked for, threads are our own, in parallel.c.  A build without OpenMP
+ * has no team. */
 #ifndef PYREG_THREADS_H
 #define PYREG_THREADS_H
 
@@ -11,6 +12,8 @@ struct threads {
     struct cpus cpus; /* where they may run; empty if the system does not say */
 };
 struct threads threads_for_call(void); /* from this thread */
+
+bool threads_have_team(void);
 
 /* work(argument) on this thread and on OpenMP's own, `count` in all. */
 void threads_team(int count, void (*work)(void *), void *argument);
