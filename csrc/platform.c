@@ -41,6 +41,11 @@ const char *platform_library(void *function) {
     return NULL;
 }
 
+void *platform_function(const char *library, const char *name) {
+    HMODULE module;
+    return GetModuleHandleExA(0, library, &module) ? (void *)(intptr_t)GetProcAddress(module, name) : NULL;
+}
+
 _Static_assert(sizeof(lock_t) == sizeof(SRWLOCK), "lock_t is the system's own");
 void lock_take(lock_t *lock) { AcquireSRWLockExclusive((SRWLOCK *)lock); }
 void lock_give(lock_t *lock) { ReleaseSRWLockExclusive((SRWLOCK *)lock); }
@@ -98,6 +103,11 @@ int platform_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
 const char *platform_library(void *function) {
     Dl_info info;
     return dladdr(function, &info) ? info.dli_fname : NULL;
+}
+
+void *platform_function(const char *library, const char *name) {
+    void *loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    return loaded ? dlsym(loaded, name) : NULL;
 }
 
 bool thread_start(void *(*run)(void *), const struct cpus *cpus) {

@@ -30,8 +30,10 @@ void cpus_add(struct cpus *cpus, int cpu);
 int cpus_count(const struct cpus *cpus);
 bool cpus_equal(const struct cpus *a, const struct cpus *b);
 
-/* File of the library that has a function; NULL if unknown. */
+/* File of the library that has a function; NULL if unknown.  A function of a library that the process has loaded, which
+ * then stays loaded; NULL if there is none. */
 const char *platform_library(void *function);
+void *platform_function(const char *library, const char *name);
 
 /* ---- Threads ----------------------------------------------------------------------------------------------------- */
 /* A lock; a pointer of each thread's own, NULL at first; a thread.  Not _Thread_local: that may allocate at its first

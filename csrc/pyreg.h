@@ -180,9 +180,11 @@ int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  R
 int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns the previous value */
 
 /* Whether OpenMP's own threads help in calls from this thread, instead of the library's: for a program whose other code
- * keeps them spinning on the CPUs, and that has one OpenMP library.  Not in forked children; and nothing asks whether
- * such a call is to be interrupted.  Nothing changes in a build without OpenMP.  Returns what held before. */
+ * keeps them spinning on the CPUs.  Not in forked children; and nothing asks whether such a call is to be interrupted.
+ * Returns what held before.  Nothing changes before pyreg_team_library() was told the file of the OpenMP library that the
+ * other code uses; it returns false where the process has not loaded that, or where it lacks gcc's entry points. */
 bool pyreg_use_team(bool use);
+bool pyreg_team_library(const char *file);
 
 /* Another library's pool, whose threads help in calls from this thread, instead of the library's own: schedule() has
  * task(argument) run on one of them, now, later or never.  NULL: none.  Returns what held before. */

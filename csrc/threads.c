@@ -61,14 +61,7 @@ static void openmp_init(void) {
     openmp_asked = (asked && *asked) || openmp_default != cpus_count(&cpus);
 }
 
-bool threads_have_team(void) { return true; }
-
-void threads_team(int count, void (*work)(void *), void *argument) {
-#pragma omp parallel num_threads(count)
-    work(argument);
-}
-
-bool threads_taken(void) { return omp_in_parallel(); }
+static bool openmp_takes_thread(void) { return omp_in_parallel(); }
 
 int pyreg_openmp_version(void) { return _OPENMP; }
 
@@ -93,16 +86,40 @@ static void openmp_init(void) {
 
 void pyreg_unpinned(void) {}
 
-bool threads_have_team(void) { return false; }
-
-void threads_team(int count, void (*work)(void *), void *argument) { (void)count, (void)work, (void)argument; }
-
-bool threads_taken(void) { return false; }
+static bool openmp_takes_thread(void) { return false; }
 
 int pyreg_openmp_version(void) { return 0; }
 
 const char *pyreg_openmp_library(void) { return "none"; }
 #endif
+
+/* ---- A team ------------------------------------------------------------------------------------------------------ */
+
+/* Of the OpenMP library that a program's other code uses, which need not be one that this library is linked with: gcc's
+ * entry to a region, which LLVM's and Intel's libraries have, too. */
+typedef void gomp_parallel(void (*work)(void *), void *argument, unsigned count, unsigned flags);
+static gomp_parallel *_Atomic team_parallel;
+static int (*_Atomic team_in_parallel)(void);
+
+bool pyreg_team_library(const char *file) {
+    gomp_parallel *parallel = (gomp_parallel *)(intptr_t)platform_function(file, "GOMP_parallel");
+    int (*in_parallel)(void) = (int (*)(void))(intptr_t)platform_function(file, "omp_in_parallel");
+    if (!parallel || !in_parallel) return false;
+    atomic_store(&team_in_parallel, in_parallel);
+    atomic_store(&team_parallel, parallel);
+    return true;
+}
+
+bool threads_have_team(void) { return atomic_load(&team_parallel) != NULL; }
+
+void threads_team(int count, void (*work)(void *), void *argument) {
+    atomic_load (&team_parallel)(work, argument, (unsigned)count, 0);
+}
+
+bool threads_taken(void) {
+    int (*in_parallel)(void) = atomic_load(&team_in_parallel);
+    return openmp_takes_thread() || (in_parallel && in_parallel());
+}
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------- */
 

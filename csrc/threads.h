@@ -1,6 +1,5 @@
 /* How many threads a call may have, by the caller, the operating system and OpenMP's settings.  The only file that
- * knows OpenMP; but for a team or a pool that was asked for, threads are our own, in parallel.c.  A build without OpenMP
- * has no team. */
+ * knows OpenMP; but for a team or a pool that was asked for, threads are our own, in parallel.c. */
 #ifndef PYREG_THREADS_H
 #define PYREG_THREADS_H
 
@@ -13,9 +12,9 @@ struct threads {
 };
 struct threads threads_for_call(void); /* from this thread */
 
-bool threads_have_team(void);
+bool threads_have_team(void); /* pyreg_team_library found one */
 
-/* work(argument) on this thread and on OpenMP's own, `count` in all. */
+/* work(argument) on this thread and on the team's, `count` in all. */
 void threads_team(int count, void (*work)(void *), void *argument);
 
 /* Is this thread part of an OpenMP region, whose others are at work? */

@@ -8,9 +8,9 @@ from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
 
+import os
 import threading
 from contextvars import ContextVar
-from os import register_at_fork
 
 cnp.import_array()
 
@@ -470,6 +470,11 @@ def ffi_api():
     return pyreg_ffi_api[0], pyreg_ffi_api[1]
 
 
+def team_library(str file):
+    """Whether the file is of an OpenMP library that is loaded; its threads then help in calls with `team`."""
+    return pyreg_team_library(os.fsencode(file))
+
+
 def ffi_use_xla_pool(bint use):
     """Whether XLA's threads help in calls from it, or pyreg's."""
     pyreg_ffi_use_xla_pool(use)
@@ -496,7 +501,7 @@ cdef init():
                           f"run; choose from {', '.join(isa_available())}")
     global main_thread
     main_thread = threading.main_thread().ident
-    register_at_fork(after_in_child=this_is_the_main_thread)
+    os.register_at_fork(after_in_child=this_is_the_main_thread)
     pyreg_set_interrupt_check(signal_arrived)
 
 
