@@ -496,7 +496,6 @@ def config():
 
 cdef init():
     if pyreg_init() != PYREG_OK:
-        import os
         raise ImportError(f"PYREG_ISA={os.environ.get('PYREG_ISA')!r} is not an instruction set that this machine can "
                           f"run; choose from {', '.join(isa_available())}")
     global main_thread
