@@ -13,7 +13,6 @@ Then the same training is timed with dropout as it is usually written in NumPy, 
 
 import argparse
 import os
-import statistics
 import time
 from collections import defaultdict
 from importlib.util import find_spec
@@ -147,22 +146,21 @@ def accuracy(network: Network, x: np.ndarray, y: np.ndarray) -> float:
     return float((network(x).argmax(axis=1) == y).mean())
 
 
-def train_epoch(network: Network, optimiser: Adam, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> None:
-    """rng: the order of the batches."""
-    network.train()
-    for batch in rng.permutation(len(x)).reshape(-1, BATCH):
-        network.backward(cross_entropy_gradient(network(x[batch]), y[batch]))
-        optimiser.step()
+def train_step(network: Network, optimiser: Adam, x: np.ndarray, y: np.ndarray) -> None:
+    network.backward(cross_entropy_gradient(network(x), y))
+    optimiser.step()
 
 
 def train(network: Network, seed: int, epochs: int, after_epoch=lambda: None) -> list[tuple[float, float]]:
     """Accuracy on the training labels, wrong ones included, and on the test labels, after each epoch."""
     x, y, x_test, y_test = load_data(seed)
     optimiser = Adam(network, LEARNING_RATE)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # the order of the batches
     curve = []
     for _ in range(epochs):
-        train_epoch(network, optimiser, x, y, rng)
+        network.train()
+        for batch in rng.permutation(len(x)).reshape(-1, BATCH):
+            train_step(network, optimiser, x[batch], y[batch])
         curve.append((accuracy(network, x, y), accuracy(network, x_test, y_test)))
         after_epoch()
     return curve
@@ -190,42 +188,43 @@ class NumpyDropout:
         return dy * self.mask * np.float32(1 / self.keep)
 
 
-def median_seconds(calls: dict, rounds: int, after_round=lambda: None) -> dict[str, float]:
-    """Median time of each call.  The calls take turns, so that other work on the machine hits all of them alike."""
+def time_in_turns(calls: dict, rounds: int, after_round=lambda: None) -> dict[str, np.ndarray]:
+    """Seconds of each call in each round.  They take turns: other work on the machine hits all of them alike."""
     seconds = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
         after_round()
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}  # the first round warms up
+    return {name: np.array(s[1:]) for name, s in seconds.items()}  # the first round warms up
 
 
-def time_training(rate: float, rounds: int = 21) -> None:
-    """Time of an epoch of the network above, before pyreg and after, and the masks that are kept for backward."""
+def time_training(rate: float, rounds: int = 100) -> None:
+    """Time of a training step of the network above, before pyreg and after, and the memory of its masks."""
     x, y, _, _ = load_data(0)
 
-    def epoch(rate, dropout=None):
+    def step(rate, dropout=None):
         network = make_network(rate, False, 0, dropout)
-        optimiser, rng = Adam(network, LEARNING_RATE), np.random.default_rng(0)
-        return lambda: train_epoch(network, optimiser, x, y, rng)
+        optimiser = Adam(network, LEARNING_RATE)
+        network.train()
+        return lambda: train_step(network, optimiser, x, y)
 
     rate = rate or 0.5
     calls = {
-        "no dropout": epoch(0),
-        "before: dropout in NumPy": epoch(rate, NumpyDropout),
-        "after: pyreg.Dropout": epoch(rate, pyreg.Dropout),
+        "no dropout": step(0),
+        "before: NumPy": step(rate, NumpyDropout),
+        "after: pyreg": step(rate, pyreg.Dropout),
     }
     with Progress(console=console) as progress:
-        task = progress.add_task("timing the training loop", total=rounds)
-        seconds = median_seconds(calls, rounds, lambda: progress.advance(task))
-    least = seconds["no dropout"]
-    table = Table(title=f"One epoch: {len(x) // BATCH} steps, each with dropout of two arrays of {BATCH} x {WIDTH}")
+        task = progress.add_task("timing the training loop", total=rounds + 1)
+        seconds = time_in_turns(calls, rounds, lambda: progress.advance(task))
+    table = Table(title=f"A training step, with dropout of two arrays of {len(x):,} x {WIDTH}")
     for header in ("", "time", "of that dropout", "masks kept for backward"):
         table.add_column(header, justify="right" if header else "left")
-    for (name, t), mask_bytes in zip(seconds.items(), (0, 2 * BATCH * WIDTH, 0), strict=True):
-        table.add_row(name, f"{t * 1e3:.1f} ms", f"{(t - least) * 1e3:.1f} ms", f"{mask_bytes:,} bytes")
+    for (name, s), mask_bytes in zip(seconds.items(), (0, 2 * len(x) * WIDTH, 0), strict=True):
+        dropout = np.median(s - seconds["no dropout"])
+        table.add_row(name, f"{np.median(s) * 1e3:.1f} ms", f"{dropout * 1e3:.2f} ms", f"{mask_bytes:,} bytes")
     console.print(table)
     console.print("The backward pass of pyreg.Dropout stores no mask: it makes it again from the key.\n")
 
@@ -248,8 +247,8 @@ def print_headline(size: int = 4_000_000, rate: float = 0.1) -> None:
         key, x_jax = jax.random.key(1), jax.numpy.asarray(x)
         calls["Flax, jit"] = lambda: flax_dropout(key, x_jax).block_until_ready()
     with console.status(f"timing dropout of {size // 10**6} million floats"):
-        seconds = median_seconds(calls, 21)
-    times = ", ".join(f"{name} [bold]{s * 1e3:.1f} ms[/]" for name, s in seconds.items())
+        seconds = time_in_turns(calls, 20)
+    times = ", ".join(f"{name} [bold]{np.median(s) * 1e3:.1f} ms[/]" for name, s in seconds.items())
     console.print(f"Dropout of {size // 10**6} million floats, {pyreg.get_num_threads()} threads: {times}.")
 
 
