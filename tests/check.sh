@@ -124,9 +124,9 @@ fresh() { # NAME REQUIREMENT...: the wheel in an environment of its own, with th
     python -m venv --clear "build/check/$name"
     "build/check/$name/bin/python" -m pip -qq --disable-pip-version-check install --no-compile \
         build/dist/*.whl "pytest>=8" "hypothesis>=6.100" "threadpoolctl>=3.5" "$@"
-    if "build/check/$name/bin/python" -c 'import jax' 2>/dev/null; then set -- test_jax_dropout test_nnx; else set --; fi
-    for test in test_dropout test_batchnorm test_layers "$@"; do
-        "build/check/$name/bin/python" -P -m pytest -q "tests/$test.py"
+    if "build/check/$name/bin/python" -c 'import jax' 2>/dev/null; then set -- jax_dropout nnx; else set --; fi
+    for test in dropout batchnorm layers "$@"; do
+        "build/check/$name/bin/python" -P -m pytest -q "tests/test_$test.py"
     done
 }
 
