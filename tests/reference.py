@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-MASK32 = np.uint64(0xFFFFFFFF)
+HALF, MASK32 = np.uint64(32), np.uint64(0xFFFFFFFF)  # NumPy 1 makes floats of a uint64 and an int
 
 
 # ---- Generators (Salmon et al., SC 2011): arrays of uint64 that hold 32-bit words ----------------------------------
@@ -16,7 +16,7 @@ def philox4x32_10(counter, key):
     k0, k1 = (int(k) for k in key)
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ np.uint64(k0), p1 & MASK32, p0 >> 32 ^ c3 ^ np.uint64(k1), p0 & MASK32
+        c0, c1, c2, c3 = p1 >> HALF ^ c1 ^ np.uint64(k0), p1 & MASK32, p0 >> HALF ^ c3 ^ np.uint64(k1), p0 & MASK32
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return c0, c1, c2, c3
 
@@ -28,7 +28,7 @@ def threefry2x32_20(counter, key):
     for r in range(20):
         n = (13, 15, 26, 6, 17, 29, 16, 24)[r % 8]
         x0 = x0 + x1 & MASK32
-        x1 = (x1 << n | x1 >> (32 - n)) & MASK32 ^ x0
+        x1 = (x1 << np.uint64(n) | x1 >> np.uint64(32 - n)) & MASK32 ^ x0
         if r % 4 == 3:
             s = r // 4 + 1
             x0, x1 = x0 + np.uint64(ks[s % 3]) & MASK32, x1 + np.uint64(ks[(s + 1) % 3] + s) & MASK32
