@@ -8,9 +8,9 @@ from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
 
+import os
 import threading
 from contextvars import ContextVar
-from os import register_at_fork
 
 cnp.import_array()
 
@@ -491,12 +491,12 @@ def config():
 
 cdef init():
     if pyreg_init() != PYREG_OK:
-        import os
         raise ImportError(f"PYREG_ISA={os.environ.get('PYREG_ISA')!r} is not an instruction set that this machine can "
                           f"run; choose from {', '.join(isa_available())}")
     global main_thread
     main_thread = threading.main_thread().ident
-    register_at_fork(after_in_child=this_is_the_main_thread)
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(after_in_child=this_is_the_main_thread)
     pyreg_set_interrupt_check(signal_arrived)
 
 
