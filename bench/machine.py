@@ -31,13 +31,6 @@ def read(path, missing=""):
         return missing
 
 
-def cpu_model():
-    for line in read("/proc/cpuinfo").splitlines():
-        if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def caches():
     """Bytes of the data caches by level: {"L1": 32768, ...}, as the operating system says."""
     sizes = {}
@@ -78,7 +71,7 @@ def describe():
     build = pyreg.show_config("dicts")
     huge = read("/sys/kernel/mm/transparent_hugepage/enabled", "unknown")
     return {
-        "cpu": cpu_model(),
+        "cpu": build["cpu"],
         "cpus": cpus(),
         "virtual": "hypervisor" in read("/proc/cpuinfo"),
         "NUMA nodes": nodes(),
@@ -105,7 +98,7 @@ def title(machine):
 
 def folder():
     """The name of this machine's folder: its CPU, and how many of them."""
-    words = re.findall("[a-z0-9.]+", cpu_model().lower().replace("(r)", ""))
+    words = re.findall("[a-z0-9.]+", pyreg.show_config("dicts")["cpu"].lower().replace("(r)", ""))
     return "-".join([*words, str(cpus())])
 
 

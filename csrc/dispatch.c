@@ -23,13 +23,16 @@ DECLARE(v4);
         [PYREG_F16] = &pyreg_kernels_##isa##_F16, [PYREG_BF16] = &pyreg_kernels_##isa##_BF16                           \
     }
 
-static bool always(void) { return true; }
+/* Those that PYREG_ISAS leaves out of CMake's list are PYREG_WITHOUT_..., and nothing asks for them. */
+#define MAY_BE_UNUSED __attribute__((unused))
+
+static MAY_BE_UNUSED bool always(void) { return true; }
 #if defined(__x86_64__)
 /* The levels of the x86-64 psABI.  Older compilers do not know them all, and where there is no compiler-rt, as with
  * clang-cl, __builtin_cpu_supports is not there: so the CPU is asked. */
 static bool has_all(unsigned features, unsigned wanted) { return (features & wanted) == wanted; }
 
-static bool has_v3(void) {
+static MAY_BE_UNUSED bool has_v3(void) {
     unsigned a, b, basic, extended, more, d, registers;
     if (!__get_cpuid(1, &a, &b, &basic, &d) || !has_all(basic, bit_OSXSAVE)) return false;
     if (!__get_cpuid_count(7, 0, &a, &extended, &b, &d) || !__get_cpuid(0x80000001, &a, &b, &more, &d)) return false;
@@ -40,7 +43,7 @@ static bool has_v3(void) {
            has_all(registers, 0x06);
 }
 
-static bool has_v4(void) {
+static MAY_BE_UNUSED bool has_v4(void) {
     unsigned a, c, d, extended, registers;
     if (!has_v3() || !__get_cpuid_count(7, 0, &a, &extended, &c, &d)) return false;
     __asm__("xgetbv" : "=a"(registers), "=d"(d) : "c"(0));
@@ -56,11 +59,15 @@ static const struct isa {
     const struct mask_kernels *masks;
     const struct kernels *kernels[PYREG_NUM_DTYPES];
 } isas[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYREG_WITHOUT_v4)
     {"x86-64-v4", has_v4, TABLES(v4)},
+#endif
+#if defined(__x86_64__) && !defined(PYREG_WITHOUT_v3)
     {"x86-64-v3", has_v3, TABLES(v3)},
 #endif
+#if !defined(PYREG_WITHOUT_baseline)
     {"baseline", always, TABLES(baseline)},
+#endif
 };
 enum { NUM_ISAS = sizeof isas / sizeof isas[0] };
 

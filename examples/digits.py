@@ -1,17 +1,18 @@
 """A network of two hidden layers learns handwritten digits from partly wrong labels: plain, with dropout, with
 batch-norm, and with both.
 
-    python examples/digits.py [--seeds 4] [--epochs 40] [--rate 0.5] [--out results]
+    python examples/digits.py [--seeds 2] [--epochs 30] [--rate 0.5] [--plot digits.png]
 
 The data are scikit-learn's 1,797 images of 8 x 8 pixels.  There are 1,000 for training, and 40 % of their labels are
 replaced by random ones; the rest, labelled correctly, are for testing.  A network that is trained long enough learns
 the wrong labels by heart.  Dropout makes that hard.  With batch-norm the network learns faster: the digits in the first
 epochs, and then the wrong labels.  Both together learn faster than dropout alone, and as well.
+
+Then the same training is timed with dropout as it is usually written in NumPy, and with pyreg's.
 """
 
 import argparse
 import os
-import statistics
 import time
 from collections import defaultdict
 from importlib.util import find_spec
@@ -112,7 +113,7 @@ def cross_entropy_gradient(logits: np.ndarray, labels: np.ndarray) -> np.ndarray
     return p / np.float32(len(labels))
 
 
-def make_network(rate: float, batch_norm: bool, seed: int) -> Network:
+def make_network(rate: float, batch_norm: bool, seed: int, dropout: type = pyreg.Dropout) -> Network:
     """64 pixels, two hidden layers, 10 classes.  The seed alone decides the first weights."""
     rng = np.random.default_rng(seed)
     layers: list = []
@@ -122,7 +123,7 @@ def make_network(rate: float, batch_norm: bool, seed: int) -> Network:
             layers.append(pyreg.BatchNorm(WIDTH, momentum=0.9))
         layers.append(ReLU())
         if rate:
-            layers.append(pyreg.Dropout(rate, rng=np.random.default_rng([seed, i])))
+            layers.append(dropout(rate, rng=np.random.default_rng([seed, i])))
     return Network([*layers, Linear(WIDTH, 10, rng)])
 
 
@@ -145,6 +146,11 @@ def accuracy(network: Network, x: np.ndarray, y: np.ndarray) -> float:
     return float((network(x).argmax(axis=1) == y).mean())
 
 
+def train_step(network: Network, optimiser: Adam, x: np.ndarray, y: np.ndarray) -> None:
+    network.backward(cross_entropy_gradient(network(x), y))
+    optimiser.step()
+
+
 def train(network: Network, seed: int, epochs: int, after_epoch=lambda: None) -> list[tuple[float, float]]:
     """Accuracy on the training labels, wrong ones included, and on the test labels, after each epoch."""
     x, y, x_test, y_test = load_data(seed)
@@ -154,8 +160,7 @@ def train(network: Network, seed: int, epochs: int, after_epoch=lambda: None) ->
     for _ in range(epochs):
         network.train()
         for batch in rng.permutation(len(x)).reshape(-1, BATCH):
-            network.backward(cross_entropy_gradient(network(x[batch]), y[batch]))
-            optimiser.step()
+            train_step(network, optimiser, x[batch], y[batch])
         curve.append((accuracy(network, x, y), accuracy(network, x_test, y_test)))
         after_epoch()
     return curve
@@ -167,10 +172,15 @@ def train(network: Network, seed: int, epochs: int, after_epoch=lambda: None) ->
 class NumpyDropout:
     """The usual way: draw floats, compare, multiply, and keep the mask for the backward pass."""
 
-    def __init__(self, rate: float, seed: int = 0):
-        self.keep, self.rng = 1 - rate, np.random.default_rng(seed)
+    def __init__(self, rate: float, rng: np.random.Generator):
+        self.keep, self.rng = 1 - rate, rng
+
+    def train(self, mode: bool) -> None:
+        self.training = mode
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        if not self.training:
+            return x
         self.mask = self.rng.random(x.shape, dtype=np.float32) < self.keep
         return x * self.mask * np.float32(1 / self.keep)
 
@@ -178,51 +188,51 @@ class NumpyDropout:
         return dy * self.mask * np.float32(1 / self.keep)
 
 
-def median_seconds(calls: dict, rounds: int) -> dict[str, float]:
-    """Median time of each call.  The calls take turns, so that other work on the machine hits all of them alike."""
+def time_in_turns(calls: dict, rounds: int, after_round=lambda: None) -> dict[str, np.ndarray]:
+    """Seconds of each call in each round.  They take turns: other work on the machine hits all of them alike."""
     seconds = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}  # the first round warms up
+        after_round()
+    return {name: np.array(s[1:]) for name, s in seconds.items()}  # the first round warms up
 
 
-def print_cost(rate: float) -> None:
-    """Time of dropout in a training step of the network above, and the memory that it keeps for the backward pass."""
+def time_training(rate: float, rounds: int = 100) -> None:
+    """Time of a training step of the network above, before pyreg and after, and the memory of its masks."""
     x, y, _, _ = load_data(0)
-    x, y = x[:BATCH], y[:BATCH]
-    network = make_network(rate=0, batch_norm=False, seed=0)
-    optimiser = Adam(network, LEARNING_RATE)
-    hidden = network.layers[1](network.layers[0](x))
 
-    def step():
-        network.backward(cross_entropy_gradient(network(x), y))
-        optimiser.step()
+    def step(rate, dropout=None):
+        network = make_network(rate, False, 0, dropout)
+        optimiser = Adam(network, LEARNING_RATE)
+        network.train()
+        return lambda: train_step(network, optimiser, x, y)
 
-    def forward_and_backward(layer):
-        return lambda: layer.backward(layer(hidden))
-
+    rate = rate or 0.5
     calls = {
-        "step": step,
-        "NumPy idiom": forward_and_backward(NumpyDropout(rate)),
-        "pyreg": forward_and_backward(pyreg.Dropout(rate, rng=0)),
+        "no dropout": step(0),
+        "before: NumPy": step(rate, NumpyDropout),
+        "after: pyreg": step(rate, pyreg.Dropout),
     }
-    seconds = median_seconds(calls, 300)
-    table = Table(title=f"Dropout in a training step: two layers of {BATCH} x {WIDTH} activations")
-    for header in ("", "time", "share of the step", "masks kept for backward"):
+    with Progress(console=console) as progress:
+        task = progress.add_task("timing the training loop", total=rounds + 1)
+        seconds = time_in_turns(calls, rounds, lambda: progress.advance(task))
+    table = Table(title=f"A training step, with dropout of two arrays of {len(x):,} x {WIDTH}")
+    for header in ("", "time", "of that dropout", "masks kept for backward"):
         table.add_column(header, justify="right" if header else "left")
-    for name, mask_bytes in (("NumPy idiom", 2 * hidden.size), ("pyreg", 0)):
-        cost = 2 * seconds[name]
-        table.add_row(name, f"{cost * 1e6:.0f} us", f"{cost / (seconds['step'] + cost):.0%}", f"{mask_bytes:,} bytes")
+    for (name, s), mask_bytes in zip(seconds.items(), (0, 2 * len(x) * WIDTH, 0), strict=True):
+        dropout = np.median(s - seconds["no dropout"])
+        table.add_row(name, f"{np.median(s) * 1e3:.1f} ms", f"{dropout * 1e3:.2f} ms", f"{mask_bytes:,} bytes")
     console.print(table)
     console.print("The backward pass of pyreg.Dropout stores no mask: it makes it again from the key.\n")
 
 
 def print_headline(size: int = 4_000_000, rate: float = 0.1) -> None:
     x = np.random.default_rng(0).standard_normal(size, np.float32)
-    numpy_dropout = NumpyDropout(rate)
+    numpy_dropout = NumpyDropout(rate, np.random.default_rng(0))
+    numpy_dropout.train(True)
     calls = {
         "copy": x.copy,
         "pyreg philox": lambda: pyreg.dropout(x, rate, key=1),
@@ -236,8 +246,9 @@ def print_headline(size: int = 4_000_000, rate: float = 0.1) -> None:
         flax_dropout = jax.jit(lambda key, x: nnx.Dropout(rate, deterministic=False)(x, rngs=key))
         key, x_jax = jax.random.key(1), jax.numpy.asarray(x)
         calls["Flax, jit"] = lambda: flax_dropout(key, x_jax).block_until_ready()
-    seconds = median_seconds(calls, 21)
-    times = ", ".join(f"{name} [bold]{s * 1e3:.1f} ms[/]" for name, s in seconds.items())
+    with console.status(f"timing dropout of {size // 10**6} million floats"):
+        seconds = time_in_turns(calls, 20)
+    times = ", ".join(f"{name} [bold]{np.median(s) * 1e3:.1f} ms[/]" for name, s in seconds.items())
     console.print(f"Dropout of {size // 10**6} million floats, {pyreg.get_num_threads()} threads: {times}.")
 
 
@@ -261,17 +272,36 @@ def plot(curves: dict[str, np.ndarray], path: Path) -> None:
         axes[k].grid(visible=True, alpha=0.3)
         axes[k].legend()
     fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
+
+
+def at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text}; wanted a whole number, at least 1")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1
+    if not 0 <= rate < 1:
+        raise argparse.ArgumentTypeError(f"is {text}; wanted a probability of dropping, at least 0 and below 1")
+    return rate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=0.5, help="probability of dropping")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the picture")
+    parser.add_argument("--seeds", type=at_least_1, default=2)
+    parser.add_argument("--epochs", type=at_least_1, default=30)
+    parser.add_argument("--rate", type=probability, default=0.5, help="probability of dropping")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the learning curves; wants Matplotlib")
     args = parser.parse_args()
+    if args.plot and not find_spec("matplotlib"):
+        parser.error("--plot wants Matplotlib: pip install matplotlib")
+    if args.plot and not args.plot.parent.is_dir():
+        parser.error(f"--plot is {args.plot}; there is no folder {args.plot.parent}")
 
     networks = {  # name: rate, batch_norm
         "plain": (0.0, False),
@@ -279,13 +309,13 @@ def main() -> None:
         "batch-norm": (0.0, True),
         "batch-norm and dropout": (args.rate, True),
     }
+    curves = {}  # name: (seeds, epochs, [training, test])
     with Progress(console=console) as progress:
-        task = progress.add_task("training", total=len(networks) * args.seeds * args.epochs)
-        curves = {}  # name: (seeds, epochs, [training, test])
         for name, (rate, batch_norm) in networks.items():
+            task = progress.add_task(f"training: {name}", total=args.seeds * args.epochs)
             curves[name] = np.array(
                 [
-                    train(make_network(rate, batch_norm, seed), seed, args.epochs, lambda: progress.advance(task))
+                    train(make_network(rate, batch_norm, seed), seed, args.epochs, lambda: progress.advance(task))  # noqa: B023
                     for seed in range(args.seeds)
                 ]
             )
@@ -299,12 +329,12 @@ def main() -> None:
         table.add_row(name, *(f"{a:.1%}" for a in figures))
     console.print(table)
     console.print(f"{TRAIN_IMAGES:,} training images, {WRONG_LABELS:.0%} of their labels wrong; test labels are right.")
-    console.print("All networks start from the same weights and see the same batches.")
-    path = args.out / "digits.png"
-    plot(curves, path)
-    console.print(f"Learning curves: {path}\n")
+    console.print("All networks start from the same weights and see the same batches.\n")
+    if args.plot:
+        plot(curves, args.plot)
+        console.print(f"Learning curves: {args.plot}\n")
 
-    print_cost(args.rate)
+    time_training(args.rate)
     print_headline()
 
 

@@ -494,6 +494,9 @@ def config():
 
 cdef init():
     if pyreg_init() != PYREG_OK:
+        if not isa_available():
+            raise ImportError("pyreg was compiled for a machine with other instructions (PYREG_ISAS=native); compile it "
+                              "for this one")
         raise ImportError(f"PYREG_ISA={os.environ.get('PYREG_ISA')!r} is not an instruction set that this machine can "
                           f"run; choose from {', '.join(isa_available())}")
     global main_thread

@@ -7,6 +7,8 @@ one of them, and with it all threads that this one starts later: those of JAX, t
 import importlib.util
 import os
 import sys
+import warnings
+from pathlib import Path
 
 if importlib.util.find_spec("pyreg._core") is None:
     raise ImportError(
@@ -25,3 +27,24 @@ else:
             os.sched_setaffinity(0, _cpus)
     if _pinned:
         _core.unpinned()
+
+
+def _edited_sources() -> list[str]:
+    """The sources of the core that are newer than it.  Only an editable installation has them beside its package."""
+    package, core = Path(__file__).parent, Path(str(_core.__file__))
+    if core.parent == package:
+        return []
+    compiled = core.stat().st_mtime
+    patterns = ("pyreg/*.pyx", "pyreg/*.pxd", "csrc/**/*.c", "csrc/**/*.h")
+    return [
+        str(file) for pattern in patterns for file in package.parent.glob(pattern) if file.stat().st_mtime > compiled
+    ]
+
+
+if _edited := _edited_sources():
+    warnings.warn(
+        f"edited after pyreg was compiled, and without effect before it is installed again, by ./run or pip install "
+        f"-e .: {', '.join(_edited)}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -133,7 +133,7 @@ class _WholeDropout(Dropout):
         inverted: bool = True,
     ) -> None:
         super().__init__(rate, rng=rng, impl=impl, inverted=inverted)
-        self.scale_by_keep = arg.as_flag(scale_by_keep, "scale_by_keep")
+        self.scale_by_keep: bool = arg.as_flag(scale_by_keep, "scale_by_keep")
 
     @property
     def _scaled(self) -> bool:

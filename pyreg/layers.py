@@ -34,7 +34,7 @@ def _check_state(state: Any) -> None:
 class Layer:
     """What layers share: training or evaluation."""
 
-    training = True
+    training: bool = True
 
     def __copy__(self) -> Self:
         """A copy shares no state with its original."""
@@ -144,12 +144,12 @@ class Dropout(Layer):
         impl: Impl = "philox",
         inverted: bool = True,
     ) -> None:
-        self.rate = arg.as_rate(rate)
+        self.rate: float = arg.as_rate(rate)
         arg.as_integers(broadcast_dims, "broadcast_dims")
         self.broadcast_dims = broadcast_dims
         arg.as_generator(impl)
         self.impl = impl
-        self.inverted = arg.as_flag(inverted, "inverted")
+        self.inverted: bool = arg.as_flag(inverted, "inverted")
         self.rng = rng
         self.key: int | None = None
         # What backward() takes of the last call: was it in training, the shape of x, rate, generator, strides of the
@@ -449,7 +449,7 @@ class BatchNorm(Layer):
         use_bias: bool = True,
         dtype: DTypeLike = np.float32,
     ):
-        self.num_features = arg.as_integer(num_features, "num_features")
+        self.num_features: int = arg.as_integer(num_features, "num_features")
         try:
             dtype = np.dtype(dtype)
         except Exception:
@@ -458,9 +458,9 @@ class BatchNorm(Layer):
             raise TypeError(f"dtype is {dtype}; wanted a float dtype")
         if not 0 <= self.num_features < 2**63 // dtype.itemsize:
             raise ValueError(f"num_features is {arg.shown(num_features)}; wanted the length of an array")
-        self.axis = arg.as_integer(axis, "axis")
-        self.momentum = arg.as_momentum(momentum)
-        self.epsilon = arg.as_epsilon(epsilon)
+        self.axis: int = arg.as_integer(axis, "axis")
+        self.momentum: float = arg.as_momentum(momentum)
+        self.epsilon: float = arg.as_epsilon(epsilon)
         use_scale, use_bias = arg.as_flag(use_scale, "use_scale"), arg.as_flag(use_bias, "use_bias")
         self.scale: Array | None = np.ones(self.num_features, dtype) if use_scale else None
         self.bias: Array | None = np.zeros(self.num_features, dtype) if use_bias else None

@@ -3,7 +3,7 @@
 # missing is skipped, and says so.
 #
 #   tests/check.sh            lint build sanitize
-#   tests/check.sh --all      all steps: lint build sanitize races memory instructions cpus compilers systems slow
+#   tests/check.sh --all      all steps: these, races memory instructions cpus compilers systems types dist slow
 #   tests/check.sh STEP...    these
 #
 # CLANG=clang-19 chooses one of several.
@@ -149,16 +149,52 @@ systems() { # other operating systems: runs what can run here, and links the res
     echo "check: $step: only compiled, not run: macOS, and Windows on arm64" >&2
 }
 
+types() { # of all that users may import, as pyright sees them
+    where=$(mktemp -d) # not here: it would read the checkout
+    (cd "$where" && basedpyright --ignoreexternal --verifytypes pyreg) || { rm -r "$where"; return 1; }
+    rm -r "$where"
+}
+
+dist() { # what is uploaded: the sdist, the wheel made from it, and this wheel beside old and new packages
+    out=build/dist
+    rm -rf $out
+    python -m build --outdir $out
+    twine check --strict $out/*
+    check-wheel-contents $out/*.whl
+    if tar -tf $out/*.tar.gz | grep '^[^/]*/\.[^/]*/'; then
+        echo "check: dist: these hidden folders are not for the sdist" >&2
+        return 1
+    fi
+    fresh oldest-numpy "numpy==1.26.*" "ml_dtypes==0.4.*"
+    fresh oldest-jax "jax==0.9.0" "flax==0.12.0" "ml_dtypes"
+    fresh newest numpy jax flax ml_dtypes
+}
+
+fresh() { # NAME REQUIREMENT...: the wheel in an environment of its own, with these packages
+    name=$1
+    shift
+    echo "check: $step: $name: $*" >&2
+    python -m venv --clear "build/check/$name"
+    "build/check/$name/bin/python" -m pip -qq --disable-pip-version-check install --no-compile \
+        build/dist/*.whl "pytest>=8" "hypothesis>=6.100" "threadpoolctl>=3.5" "$@"
+    if "build/check/$name/bin/python" -c 'import jax' 2>/dev/null; then set -- jax_dropout nnx; else set --; fi
+    for test in dropout batchnorm layers "$@"; do
+        "build/check/$name/bin/python" -P -m pytest -q "tests/test_$test.py"
+    done
+}
+
 slow() { python -m pytest -m slow; }
 
 all=
 case "${1-}" in
     "") set -- lint build sanitize ;;
-    --all) all=yes && set -- lint build sanitize races memory instructions cpus compilers systems slow ;;
+    --all)
+        all=yes && set -- lint build sanitize races memory instructions cpus compilers systems types dist slow
+        ;;
 esac
 for step; do
     case $step in
-        lint | build | sanitize | races | memory | instructions | cpus | compilers | systems | slow) $step ;;
+        lint | build | sanitize | races | memory | instructions | cpus | compilers | systems | types | dist | slow) $step ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
