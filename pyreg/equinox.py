@@ -8,17 +8,26 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pyreg._arguments import JaxImpl, as_integers, check_jax_impl, is_supported
-from pyreg._flax import as_rate_for, draws, draws_traced, step
-from pyreg.jax import batch_norm, dropout
-from pyreg.jax._primitive import flag
+from pyreg._extras import needs
+
+with needs("equinox", "jax", "equinox"):
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    from pyreg._flax import as_rate_for, draws, draws_traced, step
+    from pyreg.jax import batch_norm, dropout
+    from pyreg.jax._primitive import flag
 
 __all__ = ["BatchNorm", "Dropout", "convert", "revert"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Array = jax.Array
 Tree = TypeVar("Tree")

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import linen
-from flax.linen import dtypes
-
 from pyreg import _arguments as arg
 from pyreg._arguments import Activation, JaxImpl
-from pyreg._flax import activate, draws, draws_weights, drop_weights, keep_whole, normalise, normalises, step
-from pyreg.jax import dropout
+from pyreg._extras import needs
+
+with needs("flax", "jax", "flax"):
+    import jax
+    import jax.numpy as jnp
+    from flax import linen
+    from flax.linen import dtypes
+
+    from pyreg._flax import activate, draws, draws_weights, drop_weights, keep_whole, normalise, normalises, step
+    from pyreg.jax import dropout
 
 __all__ = [
     "BatchNorm",
@@ -34,6 +37,11 @@ __all__ = [
     "accelerate",
     "dot_product_attention",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # Without Flax's wrapper, which counts a call by super() as another one: for interceptors and captured intermediates.
 _flax_dropout, _flax_batch_norm = (inspect.unwrap(layer.__call__) for layer in (linen.Dropout, linen.BatchNorm))
