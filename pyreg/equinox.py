@@ -49,6 +49,13 @@ class Dropout(eqx.nn.Dropout):
         ``"auto"``: Equinox's mask.  ``"philox"``: another one for the same key, several times faster; see
         :func:`pyreg.jax.dropout`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If ``impl`` or ``broadcast_dims`` is out of range; when the layer is called, also if ``p`` is.
+    RuntimeError
+        When it is called without a key in training, by Equinox.
+
     Notes
     -----
     The mask is always Equinox's.  Where Equinox truly divides by ``1 - p``, which is for a traced ``p`` and outside
@@ -115,6 +122,11 @@ class BatchNorm(eqx.nn.BatchNorm):
     input_size, axis_name, eps, channelwise_affine, momentum, inference, dtype, mode
         As for Equinox's class, in both of its modes.
 
+    Raises
+    ------
+    ValueError
+        As Equinox's class.
+
     Examples
     --------
     >>> import equinox as eqx, jax, pyreg.equinox
@@ -174,6 +186,11 @@ def convert(tree: Tree, *, impl: JaxImpl = "auto") -> Tree:
         A new tree: Equinox's modules do not change.  Its structure names other classes, so convert a model before the
         state of its optimiser is made, or both together.
 
+    Raises
+    ------
+    ValueError
+        If ``impl`` is out of range.
+
     See Also
     --------
     revert
@@ -213,6 +230,12 @@ def revert(tree: Tree) -> Tree:
     ------
     ValueError
         If a Dropout has dims that share a mask, which Equinox's has not.
+
+    Examples
+    --------
+    >>> import equinox as eqx, pyreg.equinox
+    >>> type(pyreg.equinox.revert(pyreg.equinox.Dropout(0.5))) is eqx.nn.Dropout
+    True
     """
 
     def theirs(node: Any) -> Any:

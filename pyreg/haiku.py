@@ -90,6 +90,11 @@ class BatchNorm(hk.BatchNorm):
     create_scale, create_offset, decay_rate, eps, scale_init, offset_init, axis, cross_replica_axis, ...
         As for Haiku's class.  Where ``axis`` leaves other than one dim, Haiku's own code computes.
 
+    Raises
+    ------
+    ValueError
+        As Haiku's class.
+
     Examples
     --------
     >>> import haiku as hk, jax, pyreg.haiku

@@ -58,6 +58,11 @@ class Dropout(linen.Dropout):
         ``"auto"``: Flax's mask.  ``"philox"``: another one for the same key, several times faster; see
         :func:`pyreg.jax.dropout`.
 
+    Raises
+    ------
+    ValueError
+        When the layer is called, if ``rate``, ``impl`` or ``broadcast_dims`` is out of range.
+
     Examples
     --------
     >>> import jax, pyreg.linen
@@ -129,6 +134,11 @@ class Dropout1d(_ChannelDropout):
     axis : int
         The dim that counts the channels in a batch: 1 for PyTorch's (N, C, L) and (C, L).
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
+
     See Also
     --------
     pyreg.Dropout1d : the same for NumPy.
@@ -157,6 +167,11 @@ class Dropout2d(_ChannelDropout):
     rate, axis, ...
         As for :class:`Dropout1d`.
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
+
     Examples
     --------
     >>> import jax, pyreg.linen
@@ -180,6 +195,11 @@ class Dropout3d(_ChannelDropout):
     ----------
     rate, axis, ...
         As for :class:`Dropout1d`.
+
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
 
     Examples
     --------
@@ -217,6 +237,11 @@ class DropPath(_WholeDropout):
     scale_by_keep : bool
         If false, kept samples are not scaled.
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if an input has no dims.
+
     See Also
     --------
     pyreg.DropPath : the same for NumPy.
@@ -244,6 +269,11 @@ class WordDropout(_WholeDropout):
         As for :class:`Dropout`.
     scale_by_keep : bool
         If false, kept words are not scaled.
+
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if an input has no dims.
 
     See Also
     --------
@@ -273,6 +303,11 @@ class BatchNorm(linen.BatchNorm):
         number of elements, also where a mask makes these differ.
     activation : {None, "relu"}
         Applied to the result, in the same sweep.
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is out of range.
 
     Examples
     --------
@@ -347,6 +382,11 @@ def dot_product_attention(
     jax.Array, shape (..., queries, heads, value_channels)
         For the same key, Flax's bits.
 
+    Raises
+    ------
+    ValueError
+        If ``dropout_rate`` or ``impl`` is out of range; else as Flax's function.
+
     Examples
     --------
     >>> import pyreg.linen
@@ -382,6 +422,11 @@ def accelerate(*, impl: JaxImpl = "auto") -> Iterator[None]:
     ----------
     impl : {"auto", "philox"}
         As for :class:`Dropout`.
+
+    Raises
+    ------
+    ValueError
+        If ``impl`` is out of range.
 
     Notes
     -----
