@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import accuracy, cases, compare, imports, machine, output, plan, roofline, scaling
+from bench import accuracy, cases, compare, imports, machine, output, pictures, plan, roofline, scaling
 from bench.output import console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,7 @@ def run(args):
     results = {folder: read(folder) for folder in sorted(args.docs.iterdir()) if any(folder.glob("*.json"))}
     if args.documents is None:
         args.documents = [ROOT / "docs" / "performance.md"] if args.quick else documents()
+        pictures.draw_steps(ROOT / "docs" / "pictures" / "steps.svg")
     for document in args.documents:
         text = document.read_text()
         document.write_text(filled(text, results, document.parent))
