@@ -2,9 +2,9 @@
 # What `./run check` does.  It wants ruff, mypy, clang-format and cmake in PATH; what needs a package of the system that is
 # missing is skipped, and says so.
 #
-#   tests/check.sh            lint build sanitize
-#   tests/check.sh --all      all steps: lint build sanitize races memory instructions cpus slow
-#   tests/check.sh STEP...    these
+#   tests/check.sh            lint docs build sanitize
+#   tests/check.sh --all      all steps: lint docs build sanitize races memory instructions cpus slow
+#   tests/check.sh STEP...    these; links, of the manual to other sites, is in no list, because it wants the network
 #
 # CLANG=clang-19 chooses one of several.
 set -eu
@@ -38,6 +38,12 @@ lint() {
     mypy
     clang-format --dry-run -Werror csrc/*.[ch] csrc/*.cc csrc/kernels/*.[ch] tests/c/*.[ch]
 }
+
+docs() { # the manual: no warnings, and no reference that leads nowhere
+    sphinx-build --fresh-env --quiet --fail-on-warning --keep-going -b html docs build/docs
+}
+
+links() { sphinx-build --quiet --fail-on-warning -b linkcheck docs build/links; }
 
 build() { # no warnings, and the same results on every instruction set of this machine
     if has gcc gcc; then
@@ -100,12 +106,12 @@ slow() { python -m pytest -m slow; }
 
 all=
 case "${1-}" in
-    "") set -- lint build sanitize ;;
-    --all) all=yes && set -- lint build sanitize races memory instructions cpus slow ;;
+    "") set -- lint docs build sanitize ;;
+    --all) all=yes && set -- lint docs build sanitize races memory instructions cpus slow ;;
 esac
 for step; do
     case $step in
-        lint | build | sanitize | races | memory | instructions | cpus | slow) $step ;;
+        lint | docs | build | sanitize | links | races | memory | instructions | cpus | slow) $step ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
