@@ -2,8 +2,8 @@
 
     python -m bench pictures [--folder docs/pictures]
 
-steps.svg has the time of a training step of a transformer in each framework, from the machine that was measured last with
-all of them.  layers.svg shows what the layers drop.
+steps.svg has the time of a training step of a transformer in each framework, from the machine that was measured last
+with all of them.  layers.svg shows what the layers drop.
 """
 
 import json
@@ -67,14 +67,16 @@ def draw_layers(path):
         ),
         "DropPath: samples": pyreg.DropPath(0.4, rng=1),
     }
-    fig, axes = output.figure(1, len(layers), f"an array of shape {shape}, rate 0.4: what is dropped is light", (3.4, 3.6))
-    for ax, (title, layer) in zip(axes[0], layers.items(), strict=True):
+    title = f"an array of shape {shape}, rate 0.4: what is dropped is light"
+    fig, axes = output.figure(1, len(layers), title, size=(3.4, 3.6))
+    for ax, (name, layer) in zip(axes[0], layers.items(), strict=True):
         kept = np.pad(layer(np.ones(shape)) != 0, ((0, 0), (0, 1), (0, 0))).reshape(-1, shape[-1])[:-1]
         between = np.arange(len(kept)) % (shape[1] + 1) == shape[1]
         colours = np.ma.masked_array(kept, np.broadcast_to(between[:, None], kept.shape))
         ax.pcolormesh(colours, cmap="Blues", vmin=-0.2, vmax=1.3, edgecolors="white", linewidth=1)
-        ax.set_title(title, fontsize=9)
-        ax.set_yticks([shape[1] / 2 + (shape[1] + 1) * i for i in range(shape[0])], [f"sample {i}" for i in range(shape[0])])
+        ax.set_title(name, fontsize=9)
+        middles = [shape[1] / 2 + (shape[1] + 1) * i for i in range(shape[0])]
+        ax.set_yticks(middles, [f"sample {i}" for i in range(shape[0])])
         ax.set_xticks([])
         ax.invert_yaxis()
         ax.set_frame_on(False)

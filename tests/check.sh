@@ -1,6 +1,6 @@
 #!/bin/sh
-# What `./run check` does.  It wants ruff, mypy, clang-format and cmake in PATH; what needs a package of the system that is
-# missing is skipped, and says so.
+# What `./run check` does.  It wants ruff, mypy, clang-format, cmake and sphinx-build in PATH; what needs a package of the
+# system that is missing is skipped, and says so.
 #
 #   tests/check.sh            lint docs build sanitize
 #   tests/check.sh --all      all steps: lint docs build sanitize races memory instructions cpus slow
