@@ -371,7 +371,7 @@ def test_import_is_light():
 def test_a_front_end_says_what_it_lacks():
     code = """
 import importlib, sys
-extras = {"jax": "jax", "nnx": "flax", "linen": "flax", **{name: name for name in ("equinox", "haiku", "keras", "torch")}}
+extras = {name: name for name in ("jax", "equinox", "haiku", "keras", "torch")} | {"nnx": "flax", "linen": "flax"}
 sys.modules |= dict.fromkeys(extras.values())  # None: not to be found
 for module, extra in extras.items():
     try:
