@@ -5,8 +5,8 @@
 The figures of each command go to a JSON file and a plot in a folder of docs/performance/ that has the name of the
 machine.  Then every part of README.md and of the pages in docs/ that lies between <!-- bench: NAME --> and
 <!-- /bench --> is written anew from the files of all machines; the rest of the pages is left alone.  --no-run writes
-these parts from the files that are there.  --quick only touches docs/performance*.md.  All of it takes half an hour on a
-quiet machine with 2 CPUs.
+these parts from the files that are there.  --quick only touches docs/performance*.md.  All of it takes half an hour on
+a quiet machine with 2 CPUs.
 """
 
 import json
