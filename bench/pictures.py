@@ -41,9 +41,10 @@ def steps(results):
 
 
 def draw_steps(path):
-    folders = [folder for folder in FIGURES.iterdir() if (folder / "train_step_others.json").exists()]
-    all_results = [{file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")} for folder in folders]
-    results = max(all_results, key=lambda results: results["train_step_others"]["machine"]["date"])
+    commands = "train_step", "train_step_others", "train_step_torch"
+    files = [[folder / f"{name}.json" for name in commands] for folder in FIGURES.iterdir()]
+    complete = [[json.loads(file.read_text()) for file in three] for three in files if all(f.exists() for f in three)]
+    results = dict(zip(commands, max(complete, key=lambda three: three[0]["machine"]["date"]), strict=True))
     rows = steps(results)
     title = f"{machine.title(results['train_step']['machine'])}: a transformer of 4 layers, width 256, dropout 0.1"
     fig, [[ax]] = output.figure(1, 1, title, size=(8, 4))
