@@ -158,9 +158,9 @@ bool walk_next(struct walk *w) {
             if (!v->output[k]) copy_now(w, (enum bn_operand)k, true);
             w->block.of[k] = (struct bn_rows){w->pack + v->pack_at[k], width};
         } else {
-            ptrdiff_t stride = v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] / (int64_t)v->size[k] : 0;
-            w->block.of[k] =
-                (struct bn_rows){view_at(v, (enum bn_operand)k, w->now.outer, w->now.channel, w->now.inner), stride};
+            const int64_t stride = v->num_outer ? v->outer_dim[v->num_outer - 1].stride[k] / (int64_t)v->size[k] : 0;
+            w->block.of[k] = (struct bn_rows){
+                view_at(v, (enum bn_operand)k, w->now.outer, w->now.channel, w->now.inner), (ptrdiff_t)stride};
         }
         follow &= rows == 1 || w->block.of[k].stride == width;
     }

@@ -2,6 +2,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 /* One line per instruction set here, and one in CMakeLists.txt with its compiler flags. */
 #define DECLARE(isa)                                                                                                   \
@@ -22,8 +25,28 @@ DECLARE(v4);
 
 static bool always(void) { return true; }
 #if defined(__x86_64__)
-static bool has_v3(void) { return __builtin_cpu_supports("x86-64-v3"); }
-static bool has_v4(void) { return __builtin_cpu_supports("x86-64-v4"); }
+/* The levels of the x86-64 psABI.  Older compilers do not know them all, and where there is no compiler-rt, as with
+ * clang-cl, __builtin_cpu_supports is not there: so the CPU is asked. */
+static bool has_all(unsigned features, unsigned wanted) { return (features & wanted) == wanted; }
+
+static bool has_v3(void) {
+    unsigned a, b, basic, extended, more, d, registers;
+    if (!__get_cpuid(1, &a, &b, &basic, &d) || !has_all(basic, bit_OSXSAVE)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &extended, &b, &d) || !__get_cpuid(0x80000001, &a, &b, &more, &d)) return false;
+    __asm__("xgetbv" : "=a"(registers), "=d"(d) : "c"(0)); /* that the operating system keeps */
+    return has_all(basic, bit_SSE3 | bit_SSSE3 | bit_FMA | bit_CMPXCHG16B | bit_SSE4_1 | bit_SSE4_2 | bit_MOVBE |
+                              bit_POPCNT | bit_AVX | bit_F16C) &&
+           has_all(extended, bit_BMI | bit_AVX2 | bit_BMI2) && has_all(more, bit_LAHF_LM | bit_LZCNT) &&
+           has_all(registers, 0x06);
+}
+
+static bool has_v4(void) {
+    unsigned a, c, d, extended, registers;
+    if (!has_v3() || !__get_cpuid_count(7, 0, &a, &extended, &c, &d)) return false;
+    __asm__("xgetbv" : "=a"(registers), "=d"(d) : "c"(0));
+    return has_all(extended, bit_AVX512F | bit_AVX512DQ | bit_AVX512CD | bit_AVX512BW | bit_AVX512VL) &&
+           has_all(registers, 0xe6);
+}
 #endif
 
 /* Best first. */

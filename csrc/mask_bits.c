@@ -10,11 +10,13 @@
 
 /* Bits that have been made before; beyond the last there are zeros. */
 static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
-    const size_t from = 4 * (size_t)first, size = 4 * words;
-    const size_t have = from < draw->num_bytes ? draw->num_bytes - from : 0, n = at_most(have, size);
-    if (n)
-        memcpy(keep, draw->bits + from, n); /* words and bytes have the same order of bits on little-endian machines */
+    const size_t size = 4 * words, from = (size_t)(first <= draw->num_bytes / 4 ? 4 * first : draw->num_bytes);
+    const size_t n = at_most(draw->num_bytes - from, size);
+    if (n) memcpy(keep, draw->bits + from, n);
     memset((char *)keep + n, 0, size - n);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    for (size_t w = 0; w < words; w++) keep[w] = __builtin_bswap32(keep[w]);
+#endif
 }
 
 enum pyreg_status mask_source_init(struct mask_source *source, const struct pyreg_mask *mask) {

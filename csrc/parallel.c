@@ -353,7 +353,7 @@ bool parallel_pays(double serial_ns) { return serial_ns >= pyreg_parallel_from()
 /* A call that parallel_stop and fork() know. */
 static enum pyreg_status run_known(const struct phase *phases, size_t num_phases, void *work, char *scratch,
                                    size_t scratch_bytes, fp_mode mode, const struct threads *threads) {
-    const bool team = threads->count > 1 && own_get(on_team) && !atomic_load(&forked);
+    const bool team = threads->count > 1 && threads_have_team() && own_get(on_team) && !atomic_load(&forked);
     struct call call = {.phases = phases,
                         .work = work,
                         .mode = mode,

@@ -1,17 +1,96 @@
 #define _GNU_SOURCE
 #include "platform.h"
 
+#include <math.h>
+#include <string.h>
+
+#ifdef _WIN32
+/* ---- Windows ------------------------------------------------------------------------------------------------------ */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+
+uint64_t clock_ns(void) {
+    LARGE_INTEGER ticks, per_second;
+    QueryPerformanceCounter(&ticks);
+    QueryPerformanceFrequency(&per_second);
+    const uint64_t t = (uint64_t)ticks.QuadPart, f = (uint64_t)per_second.QuadPart;
+    return t / f * 1000000000 + t % f * 1000000000 / f;
+}
+
+size_t platform_cache_bytes(void) {
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION parts[512];
+    DWORD bytes = sizeof parts;
+    size_t last = 0;
+    if (!GetLogicalProcessorInformation(parts, &bytes)) return 0;
+    for (size_t i = 0; i < bytes / sizeof *parts; i++)
+        if (parts[i].Relationship == RelationCache && parts[i].Cache.Size > last) last = parts[i].Cache.Size;
+    return last;
+}
+
+double platform_quota(void) { return INFINITY; }
+
+int platform_cpus(void) {
+    DWORD_PTR process, system;
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &process, &system) || !process) /* of more than 64 CPUs */
+        return (int)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
+    return __builtin_popcountll(process);
+}
+
+const char *platform_library(void *function) {
+    (void)function;
+    return NULL;
+}
+
+void *platform_function(const char *library, const char *name) {
+    HMODULE module;
+    return GetModuleHandleExA(0, library, &module) ? (void *)(intptr_t)GetProcAddress(module, name) : NULL;
+}
+
+_Static_assert(sizeof(lock_t) == sizeof(SRWLOCK), "lock_t is the system's own");
+void lock_take(lock_t *lock) { AcquireSRWLockExclusive((SRWLOCK *)lock); }
+void lock_give(lock_t *lock) { ReleaseSRWLockExclusive((SRWLOCK *)lock); }
+
+void own_init(own_t *own) { *own = TlsAlloc(); }
+void *own_get(own_t own) { return TlsGetValue(own); }
+void own_set(own_t own, const void *value) { TlsSetValue(own, (void *)(intptr_t)value); }
+
+thread_t thread_self(void) { return GetCurrentThreadId(); }
+
+static DWORD WINAPI start(void *run) {
+    ((void *(*)(void *))(intptr_t)run)(NULL);
+    return 0;
+}
+
+bool thread_start(void *(*run)(void *), const struct cpus *cpus) {
+    (void)cpus;
+    HANDLE thread = CreateThread(NULL, 0, start, (void *)(intptr_t)run, 0, NULL);
+    return thread && CloseHandle(thread);
+}
+
+void sleep_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
+    WaitOnAddress(word, &value, sizeof value, longest_ns ? (DWORD)((longest_ns + 999999) / 1000000) : INFINITE);
+}
+
+void wake(atomic_uint *word, int threads) {
+    if (threads == 1)
+        WakeByAddressSingle(word);
+    else
+        WakeByAddressAll(word);
+}
+
+void at_fork(void (*before)(void), void (*in_parent)(void), void (*in_child)(void)) {
+    (void)before, (void)in_parent, (void)in_child;
+}
+
+#else
+/* ---- POSIX -------------------------------------------------------------------------------------------------------- */
 #include <dlfcn.h>
 #include <limits.h>
-#include <linux/futex.h>
-#include <math.h>
-#include <sched.h>
 #include <signal.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+static void set_cpus(pthread_t thread, const struct cpus *cpus);
 
 uint64_t clock_ns(void) {
     struct timespec t;
@@ -19,7 +98,43 @@ uint64_t clock_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
-/* ---- The machine ------------------------------------------------------------------------------------------------- */
+int platform_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
+
+const char *platform_library(void *function) {
+    Dl_info info;
+    return dladdr(function, &info) ? info.dli_fname : NULL;
+}
+
+void *platform_function(const char *library, const char *name) {
+    void *loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    return loaded ? dlsym(loaded, name) : NULL;
+}
+
+bool thread_start(void *(*run)(void *), const struct cpus *cpus) {
+    sigset_t all, old;
+    sigfillset(&all);
+    for (const int *s = (const int[]){SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, 0}; *s; s++)
+        sigdelset(&all, *s);
+    pthread_attr_t detached;
+    pthread_t thread;
+    if (pthread_attr_init(&detached) != 0) return false;
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    const bool started = pthread_create(&thread, &detached, run, NULL) == 0;
+    if (started && cpus_count(cpus)) set_cpus(thread, cpus);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&detached);
+    return started;
+}
+
+#endif
+
+#if defined(__linux__) && !defined(PYREG_AS_POSIX)
+/* ---- Linux -------------------------------------------------------------------------------------------------------- */
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/syscall.h>
 
 size_t platform_cache_bytes(void) {
     size_t last = 0;
@@ -85,8 +200,6 @@ double platform_quota(void) {
     return cpus;
 }
 
-int platform_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
-
 _Static_assert(sizeof(struct cpus) == sizeof(cpu_set_t), "struct cpus is the system's own");
 
 static void read_cpus(pid_t thread, struct cpus *cpus) {
@@ -108,28 +221,8 @@ int cpus_count(const struct cpus *cpus) { return CPU_COUNT((const cpu_set_t *)cp
 
 bool cpus_equal(const struct cpus *a, const struct cpus *b) { return memcmp(a, b, sizeof *a) == 0; }
 
-const char *platform_library(void *function) {
-    Dl_info info;
-    return dladdr(function, &info) ? info.dli_fname : NULL;
-}
-
-/* ---- Threads ----------------------------------------------------------------------------------------------------- */
-
-bool thread_start(void *(*run)(void *), const struct cpus *cpus) {
-    sigset_t all, old;
-    sigfillset(&all);
-    for (const int *s = (const int[]){SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, 0}; *s; s++)
-        sigdelset(&all, *s);
-    pthread_attr_t detached;
-    pthread_t thread;
-    if (pthread_attr_init(&detached) != 0) return false;
-    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    const bool started = pthread_create(&thread, &detached, run, NULL) == 0;
-    if (started && cpus_count(cpus)) pthread_setaffinity_np(thread, sizeof *cpus, (const cpu_set_t *)cpus);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    pthread_attr_destroy(&detached);
-    return started;
+static void set_cpus(pthread_t thread, const struct cpus *cpus) {
+    pthread_setaffinity_np(thread, sizeof *cpus, (const cpu_set_t *)cpus);
 }
 
 void sleep_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
@@ -142,3 +235,91 @@ void wake(atomic_uint *word, int threads) { syscall(SYS_futex, word, FUTEX_WAKE_
 void at_fork(void (*before)(void), void (*in_parent)(void), void (*in_child)(void)) {
     pthread_atfork(before, in_parent, in_child);
 }
+
+#else
+/* ---- Not Linux ---------------------------------------------------------------------------------------------------- */
+
+/* Threads are not bound to CPUs. */
+void cpus_of_thread(struct cpus *cpus) { memset(cpus, 0, sizeof *cpus); }
+void cpus_of_process(struct cpus *cpus) { memset(cpus, 0, sizeof *cpus); }
+void cpus_set_thread(const struct cpus *cpus) { (void)cpus; }
+void cpus_add(struct cpus *cpus, int cpu) { (void)cpus, (void)cpu; }
+int cpus_count(const struct cpus *cpus) {
+    (void)cpus;
+    return 0;
+}
+bool cpus_equal(const struct cpus *a, const struct cpus *b) {
+    (void)a, (void)b;
+    return true;
+}
+#endif
+
+#if !defined(_WIN32) && (!defined(__linux__) || defined(PYREG_AS_POSIX))
+/* ---- macOS and other POSIX; tests compile it on Linux, too: PYREG_AS_POSIX ---------------------------------------- */
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+
+static size_t number_of(const char *name) {
+    uint64_t value = 0; /* some are of 32 bits; both machines are little-endian */
+    size_t bytes = sizeof value;
+    return sysctlbyname(name, &value, &bytes, NULL, 0) == 0 ? (size_t)value : 0;
+}
+
+size_t platform_cache_bytes(void) {
+    static const char *const names[] = {"hw.l3cachesize", "hw.perflevel0.l2cachesize", "hw.l2cachesize"};
+    size_t bytes = 0;
+    for (int i = 0; !bytes && i < 3; i++) bytes = number_of(names[i]);
+    return bytes;
+}
+#else
+size_t platform_cache_bytes(void) { return 0; }
+#endif
+
+double platform_quota(void) { return INFINITY; }
+
+static void set_cpus(pthread_t thread, const struct cpus *cpus) { (void)thread, (void)cpus; }
+
+/* Sleepers share a few beds, by the address of their word: who wakes one wakes all in its bed. */
+enum { BEDS = 16 };
+#define FREE_BED {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER}
+static struct bed {
+    pthread_mutex_t lock;
+    pthread_cond_t woken;
+} beds[BEDS] = {[0 ... BEDS - 1] = FREE_BED};
+
+static struct bed *bed_of(const atomic_uint *word) { return &beds[(uintptr_t)word / 64 % BEDS]; }
+
+void sleep_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
+    struct bed *bed = bed_of(word);
+    const bool endless = longest_ns == 0;
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until); /* the only clock of conditions that macOS has */
+    longest_ns += (uint64_t)until.tv_nsec;
+    until.tv_sec += (time_t)(longest_ns / 1000000000), until.tv_nsec = (long)(longest_ns % 1000000000);
+    pthread_mutex_lock(&bed->lock);
+    if (atomic_load(word) != value)
+        ;
+    else if (endless)
+        pthread_cond_wait(&bed->woken, &bed->lock);
+    else
+        pthread_cond_timedwait(&bed->woken, &bed->lock, &until);
+    pthread_mutex_unlock(&bed->lock);
+}
+
+void wake(atomic_uint *word, int threads) {
+    (void)threads;
+    struct bed *bed = bed_of(word);
+    pthread_mutex_lock(&bed->lock);
+    pthread_cond_broadcast(&bed->woken);
+    pthread_mutex_unlock(&bed->lock);
+}
+
+static void make_beds(void) {
+    for (int b = 0; b < BEDS; b++) beds[b] = (struct bed)FREE_BED;
+}
+
+void at_fork(void (*before)(void), void (*in_parent)(void), void (*in_child)(void)) {
+    pthread_atfork(NULL, NULL, make_beds); /* in the child nobody sleeps, or holds a lock */
+    pthread_atfork(before, in_parent, in_child);
+}
+#endif

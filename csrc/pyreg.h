@@ -32,7 +32,7 @@ enum pyreg_status {
     PYREG_BAD_DTYPE,
     PYREG_BAD_GENERATOR,
     PYREG_BAD_RATE,  /* not in [0, 1] */
-    PYREG_BAD_SHAPE, /* more than PYREG_MAX_DIMS dims, a negative length, or 2^63 elements and more */
+    PYREG_BAD_SHAPE, /* more than PYREG_MAX_DIMS dims, a negative length, or 2^63 elements (32 bits: 2^32) and more */
     PYREG_BAD_AXIS,  /* not one of the dims */
     PYREG_BAD_ISA,   /* PYREG_ISA names an instruction set that is unknown, or that this machine lacks */
 };
@@ -171,6 +171,8 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm_backward
  * at loading.  Small calls run serially.  The threads that help are the library's own; all calls share them, and they
  * sleep between calls.  Where the system refuses another one, those that there are do the work.
  *
+ * A build without OpenMP heeds its OMP_NUM_THREADS, as it is when the library is loaded.
+ *
  * pyreg_limit_threads(n) is what another library allows the calling thread: never more than n, if n > 0. */
 int pyreg_get_num_threads(void);
 void pyreg_set_num_threads(int n); /* whole process; 0: automatic */
@@ -178,9 +180,11 @@ int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  R
 int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns the previous value */
 
 /* Whether OpenMP's own threads help in calls from this thread, instead of the library's: for a program whose other code
- * keeps them spinning on the CPUs, and that has one OpenMP library.  Not in forked children; and nothing asks whether
- * such a call is to be interrupted.  Returns what held before. */
+ * keeps them spinning on the CPUs.  Not in forked children; and nothing asks whether such a call is to be interrupted.
+ * Returns what held before.  Nothing changes before pyreg_team_library() was told the file of the OpenMP library that the
+ * other code uses; it returns false where the process has not loaded that, or where it lacks gcc's entry points. */
 bool pyreg_use_team(bool use);
+bool pyreg_team_library(const char *file);
 
 /* Another library's pool, whose threads help in calls from this thread, instead of the library's own: schedule() has
  * task(argument) run on one of them, now, later or never.  NULL: none.  Returns what held before. */
@@ -212,7 +216,7 @@ enum pyreg_status pyreg_use_isa(const char *name); /* changes it, NULL: the best
 const char *pyreg_isa_name(void);                  /* the one in use */
 const char *pyreg_isa_available(int i);            /* i-th that this machine can run, best first; NULL past the end */
 const char *pyreg_compiler(void);
-int pyreg_openmp_version(void);         /* _OPENMP, year and month */
+int pyreg_openmp_version(void);         /* _OPENMP, year and month; 0 in a build without it */
 const char *pyreg_openmp_library(void); /* file of the OpenMP runtime in use */
 size_t pyreg_cache_bytes(void); /* last-level cache, 8 MiB if unknown; larger working sets are written around it */
 

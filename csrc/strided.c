@@ -11,6 +11,7 @@ enum pyreg_status count_elements(int ndim, const int64_t *shape, size_t *element
         empty |= shape[d] == 0;
         if (__builtin_mul_overflow(count, shape[d] ? shape[d] : 1, &count)) return PYREG_BAD_SHAPE;
     }
+    if (!empty && (uint64_t)count > SIZE_MAX) return PYREG_BAD_SHAPE;
     *elements = empty ? 0 : (size_t)count;
     return PYREG_OK;
 }

@@ -4,10 +4,6 @@
 
 #include "pyreg.h"
 
-#ifdef __cplusplus
-extern "C" {
-#endif
-
 enum { MAX_OPERANDS = 7 };
 
 /* A dim has one length, and a stride for each operand; that of an operand that is not there is 0. */
@@ -42,9 +38,5 @@ struct box {
     int64_t to_stride[MAX_BOX], from_stride[MAX_BOX];
 };
 void copy_box(const struct box *box, char *to, const char *from);
-
-#ifdef __cplusplus
-}
-#endif
 
 #endif

@@ -12,7 +12,9 @@ struct threads {
 };
 struct threads threads_for_call(void); /* from this thread */
 
-/* work(argument) on this thread and on OpenMP's own, `count` in all. */
+bool threads_have_team(void); /* pyreg_team_library found one */
+
+/* work(argument) on this thread and on the team's, `count` in all. */
 void threads_team(int count, void (*work)(void *), void *argument);
 
 /* Is this thread part of an OpenMP region, whose others are at work? */

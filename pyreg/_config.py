@@ -36,8 +36,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     """
     check_choice(mode, "mode", "stdout", "dicts")
     used = sys.modules.get("pyreg.jax._backend")  # only who uses JAX has it
-    built = f"{'built' if _core.ffi_handlers() else 'not built'} with FFI"
-    config = {"version": __version__, **_core.config(), "jax": used.describe() if used else built}
+    config = {"version": __version__, **_core.config(), "jax": used.describe() if used else "not used yet"}
     if mode == "dicts":
         return config
     rows = {

@@ -105,6 +105,7 @@ cdef extern from "pyreg.h" nogil:
     int pyreg_use_threads(int n)
     int pyreg_limit_threads(int n)
     c_bool pyreg_use_team(c_bool use)
+    c_bool pyreg_team_library(const char *file)
     void pyreg_unpinned()
     void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
 

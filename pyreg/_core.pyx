@@ -8,9 +8,9 @@ from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
 
+import os
 import threading
 from contextvars import ContextVar
-from os import register_at_fork
 
 cnp.import_array()
 
@@ -457,7 +457,7 @@ def use_isa(str name):
 
 
 def ffi_handlers():
-    """XLA's handlers by name, as capsules; none in a build without XLA's headers."""
+    """XLA's handlers by name, as capsules."""
     handlers, i = {}, 0
     while pyreg_ffi_handlers[i].name != NULL:
         handlers[pyreg_ffi_handlers[i].name.decode()] = PyCapsule_New(pyreg_ffi_handlers[i].handler, NULL, NULL)
@@ -468,6 +468,11 @@ def ffi_handlers():
 def ffi_api():
     """Version of XLA's interface, major and minor, that the handlers are built for."""
     return pyreg_ffi_api[0], pyreg_ffi_api[1]
+
+
+def team_library(str file):
+    """Whether the file is of an OpenMP library that is loaded; its threads then help in calls with `team`."""
+    return pyreg_team_library(os.fsencode(file))
 
 
 def ffi_use_xla_pool(bint use):
@@ -491,12 +496,11 @@ def config():
 
 cdef init():
     if pyreg_init() != PYREG_OK:
-        import os
         raise ImportError(f"PYREG_ISA={os.environ.get('PYREG_ISA')!r} is not an instruction set that this machine can "
                           f"run; choose from {', '.join(isa_available())}")
     global main_thread
     main_thread = threading.main_thread().ident
-    register_at_fork(after_in_child=this_is_the_main_thread)
+    os.register_at_fork(after_in_child=this_is_the_main_thread)
     pyreg_set_interrupt_check(signal_arrived)
 
 

@@ -1,7 +1,12 @@
 """XLA's handlers, called with operands that do not fit: a program, or a damaged file of one, may say anything."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
 from common import python
-from jaxcommon import jax  # noqa: F401  # skipped without JAX
+from jaxcommon import jax
 
 PROGRAM = """
 import itertools, sys
@@ -121,3 +126,67 @@ for aliases in ({}, {1: 1}, {2: 3}, {1: 2, 2: 1}):
 print(all((y == ys[0]).all() for y in ys))
 """
     assert python(code, warnings="ignore") == "True"
+
+
+# Structs of csrc/xla.h: XLA's name, ours, and the pairs of names of the fields.
+LAYOUTS = [
+    ("Extension_Base", "extension", "struct_size type next"),
+    ("Api_Version", "version", "struct_size extension_start=extensions major_version=major minor_version=minor"),
+    ("Metadata", "metadata", "struct_size api_version=version traits"),
+    ("Metadata_Extension", "metadata_extension", "extension_base=head metadata"),
+    ("Error_Create_Args", "error_create_args", "struct_size extension_start=extensions message errc=code"),
+    ("Error_Destroy_Args", "error_destroy_args", "struct_size extension_start=extensions error"),
+    (
+        "ThreadPool_Schedule_Args",
+        "schedule_args",
+        "struct_size extension_start=extensions ctx=context task data=argument",
+    ),
+    (
+        "Api",
+        "api",
+        "struct_size extension_start=extensions api_version=version internal_api=internal "
+        "XLA_FFI_Error_Create=error_create XLA_FFI_Error_Destroy=error_destroy XLA_FFI_ThreadPool_Schedule=schedule",
+    ),
+    ("Buffer", "buffer", "struct_size extension_start=extensions dtype data rank dims"),
+    ("Args", "buffers", "struct_size extension_start=extensions size=count types args=buffers"),
+    ("Rets", "buffers", "struct_size extension_start=extensions size=count types rets=buffers"),
+    ("ByteSpan", "span", "ptr=text len=length"),
+    ("Scalar", "scalar", "dtype value"),
+    ("Attrs", "attributes", "struct_size extension_start=extensions size=count types names attrs=values"),
+    (
+        "CallFrame",
+        "call_frame",
+        "struct_size extension_start=extensions api ctx=context stage args=operands rets=results attrs=attributes",
+    ),
+]
+CONSTANTS = {
+    **{f"DataType_{name}": name for name in ("PRED", "S32", "S64", "U8", "U32", "F16", "F32", "F64", "BF16")},
+    **{f"Error_Code_{name}": name for name in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")},
+    "ExecutionStage_EXECUTE": "EXECUTE",
+    "AttrType_SCALAR": "SCALAR",
+    "Extension_Metadata": "METADATA",
+    "API_MAJOR": "API_MAJOR",
+}
+
+
+def test_declarations_are_those_of_jaxlib(tmp_path):
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    lines = ["#include <stddef.h>", '#include "xla/ffi/api/c_api.h"', '#include "xla.h"']
+    for theirs, ours, fields in LAYOUTS:
+        for field in fields.split():
+            their_field, _, our_field = field.partition("=")
+            a, b = (f"XLA_FFI_{theirs}", their_field), (f"struct xla_{ours}", our_field or their_field)
+            lines += [
+                f'_Static_assert(offsetof({a[0]}, {a[1]}) == offsetof({b[0]}, {b[1]}), "offset of {a[0]}.{a[1]}");',
+                f"_Static_assert(sizeof((({a[0]} *)0)->{a[1]}) == sizeof((({b[0]} *)0)->{b[1]}), "
+                f'"size of {a[0]}.{a[1]}");',
+            ]
+    for theirs, ours in CONSTANTS.items():
+        lines.append(f'_Static_assert((int)XLA_FFI_{theirs} == (int)XLA_{ours}, "{ours}");')
+    lines.append('_Static_assert((int)XLA_FFI_API_MINOR >= (int)XLA_API_MINOR, "minor version");')
+    source = tmp_path / "layouts.c"
+    source.write_text("\n".join(lines) + "\n")
+    csrc = Path(__file__).parents[1] / "csrc"
+    command = [compiler, "-std=c11", "-fsyntax-only", "-I", jax.ffi.include_dir(), "-I", csrc, source]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr

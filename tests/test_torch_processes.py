@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from common import python  # noqa: E402
 from torchcommon import assert_bits, drawn, dropped, mask  # noqa: E402
@@ -341,3 +342,21 @@ assert all(os.waitpid(child, 0)[1] == 0 for child in children)
 print("ended")
 """
     assert python(code, warnings="ignore", timeout=120) == "ended"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux counts threads there")
+def test_torch_threads_help():
+    code = """
+import os
+import torch, pyreg.torch
+
+torch.set_num_threads(3)
+x = torch.ones(1000, 5000)
+(x + x).sum()
+before = len(os.listdir("/proc/self/task"))
+for _ in range(5):
+    pyreg.torch.Dropout(0.5)(x)
+    pyreg.torch.BatchNorm1d(5000)(x)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert python(code) == "0"

@@ -2,9 +2,14 @@
 #ifndef PYREG_KERNELS_H
 #define PYREG_KERNELS_H
 
+#include <float.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#if FLT_EVAL_METHOD != 0
+#error "floats are computed in other types here, so results would differ; on a 32-bit x86: -msse2 -mfpmath=sse"
+#endif
 
 /* A row of mask bits: word j holds elements 32 j .. 32 j + 31, least significant bit first, 1 = kept.
  * Generators make whole groups, the most that one vector of any instruction set holds, up to MASK_WORDS at once. */

@@ -96,8 +96,9 @@ static void resolve(const struct draw *draw, uint64_t first, struct ties *ties, 
 }
 
 static void philox(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
-    size_t same_high = (size_t)((UINT64_C(1) << 32) - (uint32_t)first);
-    if (words > same_high) { /* the loops below take the counter's high half as fixed */
+    const uint64_t before_carry = (UINT64_C(1) << 32) - (uint32_t)first;
+    if (words > before_carry) { /* the loops below take the counter's high half as fixed */
+        const size_t same_high = (size_t)before_carry;
         philox(draw, first, same_high, keep);
         philox(draw, first + same_high, words - same_high, keep + same_high);
         return;

@@ -42,7 +42,7 @@ def register() -> None:
     Raises
     ------
     RuntimeError
-        If pyreg was built without XLA's headers, or XLA refuses; ops then compute with JAX operations.
+        If XLA refuses pyreg's handlers; ops then compute with JAX operations.
 
     Notes
     -----
@@ -63,7 +63,7 @@ def register() -> None:
 def register_if_safe() -> None:
     """At import: where XLA cannot refuse, because its interface is as new as the one that the kernels are built for."""
     ours, theirs = _core.ffi_api(), _api_of_xla()
-    if _core.ffi_handlers() and theirs is not None and ours[0] == theirs[0] and ours[1] <= theirs[1]:
+    if theirs is not None and ours[0] == theirs[0] and ours[1] <= theirs[1]:
         with _lock:
             _register()
 
@@ -121,8 +121,6 @@ def _register() -> str | None:
     """Makes the handlers known to XLA, once.  Returns what went wrong, or None."""
     global _registered
     handlers = _core.ffi_handlers()
-    if not handlers:
-        return "pyreg was built without XLA's headers"
     if _registered:
         return None
     threads = os.environ.get(THREADS_VARIABLE) or THREADS[0]

@@ -40,7 +40,7 @@ def read_double(words: Array) -> Array:
 
 # ---- The rate of dropout ---------------------------------------------------------------------------------------------
 
-RATE, SCALE, LIMIT, SCALE32, COUNT = slice(0, 2), slice(2, 4), slice(4, 6), 6, 7  # csrc/ffi.cc has the first two
+RATE, SCALE, LIMIT, SCALE32, COUNT = slice(0, 2), slice(2, 4), slice(4, 6), 6, 7  # csrc/ffi.c has the first two
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pyreg import _core
 from pyreg.torch import _compat
 from pyreg.torch._drop import CODES
-from pyreg.torch._threads import ONE_OPENMP
+from pyreg.torch._threads import TEAM
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -46,7 +46,7 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     """y, and mean and biased variance per channel, in float32 or float64."""
     y = _new(x)
     arrays = _array(x), 1, eps, False, _values(weight, x), _values(bias, x), None, None, _array(y)
-    mean, var = _core.batch_norm(CODES[x.dtype], *arrays, None, torch.get_num_threads(), ONE_OPENMP)
+    mean, var = _core.batch_norm(CODES[x.dtype], *arrays, None, torch.get_num_threads(), TEAM)
     return y, _tensor(mean), _tensor(var)
 
 
@@ -57,7 +57,7 @@ def gradients(
     dx = _new(x)
     scale, mean_of_x, var_of_x = _values(weight, x), _values(mean, x), _values(var, x)
     arrays = _array(dy), _array(x), 1, eps, False, scale, None, None, mean_of_x, var_of_x, _array(dx), None
-    others = None, None, torch.get_num_threads(), ONE_OPENMP
+    others = None, None, torch.get_num_threads(), TEAM
     dweight, dbias = _core.batch_norm_backward(CODES[x.dtype], *arrays, *others)
     return dx, _tensor(dweight), _tensor(dbias)
 

@@ -16,7 +16,7 @@ import torch
 from pyreg import _arguments as arg
 from pyreg import _core
 from pyreg.torch import _compat
-from pyreg.torch._threads import ONE_OPENMP
+from pyreg.torch._threads import TEAM
 
 Tensor: TypeAlias = torch.Tensor
 Key: TypeAlias = int | Tensor
@@ -101,7 +101,7 @@ def _fill(y: Tensor, x: Tensor, key: int, p: float, shared: tuple[int, ...]) -> 
         mask_strides = arg.as_mask_strides(shape, shared) if shared else None
     threads = torch.get_num_threads() if n > _SERIAL else 1
     x_at, y_at, scale = x.data_ptr(), y.data_ptr(), _scale(code, p)
-    _core.dropout_at(code, x_at, y_at, shape, x_strides, y_strides, key, p, scale, mask_strides, threads, ONE_OPENMP)
+    _core.dropout_at(code, x_at, y_at, shape, x_strides, y_strides, key, p, scale, mask_strides, threads, TEAM)
     return y
 
 

@@ -1,19 +1,29 @@
 """Whose threads help in calls from torch."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 
-def openmp_libraries() -> int:
-    """How many OpenMP libraries the process has loaded; 0 where the system does not say."""
+from pyreg import _core
+
+
+def openmp_libraries() -> Iterator[str]:
+    """Files of OpenMP libraries: torch's own, if it has one; else that of the process, if it has loaded just one."""
+    is_one = re.compile(r"lib(g?omp|iomp)[-.\d]").match
+    for file in (Path(torch.__file__).parent / "lib").glob("lib*omp*"):
+        if is_one(file.name):
+            yield str(file)
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
-        return 0
-    files = {line.rpartition("/")[2] for line in maps.splitlines() if "/" in line}
-    return len({file for file in files if re.match(r"lib(g?omp|iomp)[-.\d]", file)})
+        return
+    files = {line[line.index("/") :] for line in maps.splitlines() if "/" in line}
+    files = {file for file in files if is_one(file.rpartition("/")[2])}
+    if len(files) == 1:
+        yield files.pop()
 
 
-# Torch's threads spin for milliseconds between its operations.  Where they are those of the OpenMP library that pyreg
-# uses, too, they help; others would wait for their CPUs.
-ONE_OPENMP = openmp_libraries() == 1
+# Torch's threads spin for milliseconds between its operations: they help.  Others would wait for their CPUs.
+TEAM = any(_core.team_library(file) for file in openmp_libraries())

@@ -140,6 +140,8 @@ int main(void) {
     expect(dropout(want_dropout) == PYREG_OK && norm(want_norm) == PYREG_OK, "serial");
     pyreg_set_parallel_from(0);
     pyreg_set_num_threads(4);
+    expect(!pyreg_team_library("no such library"), "no team of nobody");
+    expect(pyreg_team_library(pyreg_openmp_library()) == (pyreg_openmp_version() > 0), "OpenMP's team");
     all_callers();
 
     pyreg_set_interrupt_check(stop);
