@@ -318,7 +318,7 @@ static void gradient_tile(const struct batchnorm *bn, struct region r, double *c
         if (bn->masked) bn->kernels->bn_masked_sums(&w.block, shift, sums[COUNT], sums[SUM], ignored);
     }
     bool finite = true;
-    for (size_t j = 0; bn->masked && j < columns; j++) finite &= isfinite(sums[PRODUCT][j]);
+    for (size_t j = 0; bn->masked && j < columns; j++) finite &= __builtin_isfinite(sums[PRODUCT][j]);
     if (!finite) { /* perhaps by what is masked: once more without that */
         for (size_t j = 0; j < columns; j++) sums[DBIAS][j] = sums[PRODUCT][j] = 0;
         for (walk_begin(&w, v, r, s->pack); walk_next(&w);) {

@@ -179,12 +179,16 @@ void pyreg_set_num_threads(int n); /* whole process; 0: automatic */
 int pyreg_use_threads(int n);      /* calling thread only; 0: as the process.  Returns the previous value */
 int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns the previous value */
 
-/* Whether OpenMP's own threads help in calls from this thread, instead of the library's: for a program whose other code
- * keeps them spinning on the CPUs.  Not in forked children; and nothing asks whether such a call is to be interrupted.
- * Returns what held before.  Nothing changes before pyreg_team_library() was told the file of the OpenMP library that the
- * other code uses; it returns false where the process has not loaded that, or where it lacks gcc's entry points. */
+/* Follow an OpenMP library that the process has loaded: its number of threads and its limits hold for calls, too.  At
+ * first it is the one that this library is linked with, or else one that was loaded before, under its usual name.  Returns
+ * false where there is no such library, or it lacks gcc's entry points (LLVM's and Intel's have them).  Where none is
+ * followed, OMP_NUM_THREADS is heeded. */
+bool pyreg_follow_openmp(const char *file);
+
+/* Whether its threads help in calls from this thread, instead of our own: for a program whose other code keeps them
+ * spinning on the CPUs.  Not in forked children; and nothing asks whether such a call is to be interrupted.  Nothing
+ * changes where no OpenMP library is followed.  Returns what held before. */
 bool pyreg_use_team(bool use);
-bool pyreg_team_library(const char *file);
 
 /* Another library's pool, whose threads help in calls from this thread, instead of the library's own: schedule() has
  * task(argument) run on one of them, now, later or never.  NULL: none.  Returns what held before. */
@@ -216,7 +220,6 @@ enum pyreg_status pyreg_use_isa(const char *name); /* changes it, NULL: the best
 const char *pyreg_isa_name(void);                  /* the one in use */
 const char *pyreg_isa_available(int i);            /* i-th that this machine can run, best first; NULL past the end */
 const char *pyreg_compiler(void);
-int pyreg_openmp_version(void);         /* _OPENMP, year and month; 0 in a build without it */
 const char *pyreg_openmp_library(void); /* file of the OpenMP runtime in use */
 size_t pyreg_cache_bytes(void); /* last-level cache, 8 MiB if unknown; larger working sets are written around it */
 

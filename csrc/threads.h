@@ -12,7 +12,7 @@ struct threads {
 };
 struct threads threads_for_call(void); /* from this thread */
 
-bool threads_have_team(void); /* pyreg_team_library found one */
+bool threads_have_team(void); /* an OpenMP library is followed */
 
 /* work(argument) on this thread and on the team's, `count` in all. */
 void threads_team(int count, void (*work)(void *), void *argument);

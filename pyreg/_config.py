@@ -42,7 +42,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     rows = {
         "compiler": config["compiler"],
         "instruction set": f"{config['isa']} (can run {', '.join(config['isa_available'])}; PYREG_ISA chooses)",
-        "OpenMP": f"{config['openmp']}, {os.path.basename(config['openmp_library'])}",
+        "OpenMP": os.path.basename(config["openmp_library"]),
         "threads": config["threads"],
         "last-level cache": f"{config['cache_bytes'] / 2**20:.1f} MiB",
         "JAX": config["jax"],

@@ -105,7 +105,7 @@ cdef extern from "pyreg.h" nogil:
     int pyreg_use_threads(int n)
     int pyreg_limit_threads(int n)
     c_bool pyreg_use_team(c_bool use)
-    c_bool pyreg_team_library(const char *file)
+    c_bool pyreg_follow_openmp(const char *file)
     void pyreg_unpinned()
     void pyreg_set_interrupt_check(c_bool (*check)() noexcept nogil)
 
@@ -119,7 +119,6 @@ cdef extern from "pyreg.h" nogil:
     const char *pyreg_isa_name()
     const char *pyreg_isa_available(int i)
     const char *pyreg_compiler()
-    int pyreg_openmp_version()
     const char *pyreg_openmp_library()
     size_t pyreg_cache_bytes()
 

@@ -470,9 +470,9 @@ def ffi_api():
     return pyreg_ffi_api[0], pyreg_ffi_api[1]
 
 
-def team_library(str file):
-    """Whether the file is of an OpenMP library that is loaded; its threads then help in calls with `team`."""
-    return pyreg_team_library(os.fsencode(file))
+def follow_openmp(str file):
+    """Whether the file is of an OpenMP library that is loaded; its settings then hold, and its threads may help."""
+    return pyreg_follow_openmp(os.fsencode(file))
 
 
 def ffi_use_xla_pool(bint use):
@@ -486,7 +486,6 @@ def config():
         "compiler": pyreg_compiler().decode(),
         "isa": pyreg_isa_name().decode(),
         "isa_available": isa_available(),
-        "openmp": pyreg_openmp_version(),
         "openmp_library": pyreg_openmp_library().decode(),
         "threads": pyreg_get_num_threads(),
         "cache_bytes": pyreg_cache_bytes(),

@@ -359,4 +359,4 @@ for _ in range(5):
     pyreg.torch.BatchNorm1d(5000)(x)
 print(len(os.listdir("/proc/self/task")) - before)
 """
-    assert python(code) == "0"
+    assert int(python(code)) <= 0  # torch itself may end some

@@ -5,8 +5,6 @@
 
 #include "lanes.h"
 
-#include <math.h>
-
 /* ---- Of the forward pass ------------------------------------------------------------------------------------ */
 
 enum { UNROLL = 4, VECTORS = UNROLL * LANES64 };
@@ -255,7 +253,7 @@ static void bn_finite_gradient_sums(const struct bn_block *b, const double *shif
                 const double d = (double)load(x[i]) - (EXACT_PRODUCTS ? 0 : shift[k]);
                 const double g = y && !(load(y[i]) > 0) ? 0 : (double)load(dy[i]);
                 dbias[k] += g;
-                if (mask[i] || isfinite(d))
+                if (mask[i] || __builtin_isfinite(d))
                     dscale[k] += d * g;
                 else
                     lost[k] += g;

@@ -14,10 +14,10 @@ struct coefficients {
 };
 _Static_assert(sizeof(struct coefficients) <= BN_NARROW * sizeof(acc_t), "bn_coefficients.narrow has room for them");
 
-/* n >= 1.  A NaN becomes the one that store_floats() can round. */
+/* n >= 1.  A NaN becomes the one that store_floats() can round.  __builtin: mingw's isnan() converts to float, too. */
 static void narrow_to(acc_t *to, const double *from, size_t n) {
-    to[0] = isnan(from[0]) ? (acc_t)NAN : (acc_t)from[0];
-    for (size_t j = 1; j < n; j++) to[j] = isnan(from[j]) ? (acc_t)NAN : (acc_t)from[j];
+    to[0] = __builtin_isnan(from[0]) ? (acc_t)NAN : (acc_t)from[0];
+    for (size_t j = 1; j < n; j++) to[j] = __builtin_isnan(from[j]) ? (acc_t)NAN : (acc_t)from[j];
     for (size_t j = 0; j < LINE; j++) to[n + j] = to[j];
 }
 

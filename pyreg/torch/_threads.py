@@ -26,4 +26,4 @@ def openmp_libraries() -> Iterator[str]:
 
 
 # Torch's threads spin for milliseconds between its operations: they help.  Others would wait for their CPUs.
-TEAM = any(_core.team_library(file) for file in openmp_libraries())
+TEAM = any(_core.follow_openmp(file) for file in openmp_libraries())

@@ -55,8 +55,10 @@ static void *filled(enum pyreg_dtype dtype, size_t n) {
 static FILE *wanted; /* or NULL: print */
 static int differ;
 
-static uint64_t hash(uint64_t h, const void *p, size_t bytes) { /* FNV-1a */
-    for (const unsigned char *c = p; bytes--; c++) h = (h ^ *c) * 1099511628211u;
+/* FNV-1a of elements of `size` bytes, of each the least significant byte first. */
+static uint64_t hash(uint64_t h, const void *p, size_t bytes, size_t size) {
+    const size_t reversed = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? size - 1 : 0;
+    for (size_t i = 0; i < bytes; i++) h = (h ^ ((const unsigned char *)p)[i ^ reversed]) * 1099511628211u;
     return h;
 }
 static const uint64_t empty = 14695981039346656037u;
@@ -123,7 +125,7 @@ static void masks(size_t n) {
             must(pyreg_dropout_mask(&mask, n, true, packed));
             char name[100];
             snprintf(name, sizeof name, "mask %zu %s %g", n, generator_names[g], rates[k]);
-            report(name, hash(hash(empty, bytes, n), packed, (n + 7) / 8));
+            report(name, hash(hash(empty, bytes, n, 1), packed, (n + 7) / 8, 1));
             free(bytes), free(packed);
         }
 }
@@ -152,7 +154,7 @@ static void dropout(enum pyreg_dtype dtype, const int64_t *shape) {
                     .mask_strides = mask_strides,
                 };
                 must(pyreg_dropout(&args));
-                h = hash(h, x, l.length * size);
+                h = hash(h, x, l.length * size, size);
                 free(x);
             }
             char name[100];
@@ -214,9 +216,10 @@ static void batchnorm(enum pyreg_dtype dtype, const int64_t *shape) {
                 .dbias = dbias,
             };
             must(pyreg_batchnorm_backward(&backward));
-            uint64_t h = hash(hash(empty, y, l.length * size), dx, l.length * size);
-            h = hash(hash(h, dresidual, l.length * size), mean, bytes);
-            h = hash(hash(hash(h, var, bytes), dscale, bytes), dbias, bytes);
+            uint64_t h = empty;
+            for (int k = 0; k < 3; k++) h = hash(h, (char *[]){y, dx, dresidual}[k], l.length * size, size);
+            for (int k = 0; k < 4; k++)
+                h = hash(h, (void *[]){mean, var, dscale, dbias}[k], bytes, size_of[of_statistics]);
             const struct pyreg_batchnorm_inference inference = {
                 .common = common,
                 .x = forward.x,
@@ -226,7 +229,7 @@ static void batchnorm(enum pyreg_dtype dtype, const int64_t *shape) {
                 .var = var,
             };
             must(pyreg_batchnorm_inference(&inference));
-            h = hash(h, x, l.length * size);
+            h = hash(h, x, l.length * size, size);
             char name[100];
             snprintf(name, sizeof name, "batchnorm %s (%d, %d, %d) in %s%s%s", dtype_names[dtype], (int)shape[0],
                      (int)shape[1], (int)shape[2], l.name, masked ? ", masked" : "", relu ? ", relu" : "");

@@ -140,8 +140,9 @@ int main(void) {
     expect(dropout(want_dropout) == PYREG_OK && norm(want_norm) == PYREG_OK, "serial");
     pyreg_set_parallel_from(0);
     pyreg_set_num_threads(4);
-    expect(!pyreg_team_library("no such library"), "no team of nobody");
-    expect(pyreg_team_library(pyreg_openmp_library()) == (pyreg_openmp_version() > 0), "OpenMP's team");
+    expect(!pyreg_follow_openmp("no such library"), "nothing to follow");
+    const char *openmp = pyreg_openmp_library();
+    expect(pyreg_follow_openmp(openmp) == (strcmp(openmp, "none") != 0), "OpenMP again");
     all_callers();
 
     pyreg_set_interrupt_check(stop);
