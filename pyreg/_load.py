@@ -6,18 +6,22 @@ one of them, and with it all threads that this one starts later: those of JAX, t
 
 import importlib.util
 import os
+import sys
 
 if importlib.util.find_spec("pyreg._core") is None:
     raise ImportError(
         f"{os.path.dirname(__file__)} is pyreg's source, without its compiled core; start Python in another folder, "
         "or with -P, to import the installed pyreg"
     )
-_cpus = os.sched_getaffinity(0)
-try:
+if sys.platform != "linux":  # threads are bound on Linux alone
     _core = importlib.import_module("pyreg._core")
-finally:
-    _pinned = os.sched_getaffinity(0) != _cpus
+else:
+    _cpus = os.sched_getaffinity(0)
+    try:
+        _core = importlib.import_module("pyreg._core")
+    finally:
+        _pinned = os.sched_getaffinity(0) != _cpus
+        if _pinned:
+            os.sched_setaffinity(0, _cpus)
     if _pinned:
-        os.sched_setaffinity(0, _cpus)
-if _pinned:
-    _core.unpinned()
+        _core.unpinned()

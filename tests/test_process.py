@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import threadpoolctl
-from common import ISAS, in_threads, python, same
+from common import ISAS, OPENMP, in_threads, needs_openmp, python, same
 
 import pyreg
 from pyreg import _core
@@ -23,12 +23,12 @@ LARGE = 4_000_000  # enough for several threads
 # ---- Threads -------------------------------------------------------------------------------------------------------
 
 
-def workers(code, **environ):
+def workers(code, before="", **environ):
     """Number of threads that the process has after a large call."""
-    call = f"import os, numpy as np, pyreg\nx = np.ones({LARGE}, np.float32)\n{code}\n"
+    start = f"import os, numpy as np, pyreg\nx = np.ones({LARGE}, np.float32)\n"
     count = "print(len(os.listdir('/proc/self/task')))"
-    one = python(f"import os, numpy as np, pyreg\nx = np.ones({LARGE}, np.float32)\n{count}", **environ)
-    return int(python(call + count, **environ)) - int(one) + 1
+    one = python(start + count, **environ)
+    return int(python(f"{before}{start}{code}\n{count}", **environ)) - int(one) + 1
 
 
 def test_number_of_threads(threads):
@@ -75,14 +75,15 @@ def test_cpu_quota(one_cpu_cgroup):
     assert python(f"{join}; import pyreg; print(pyreg.get_num_threads())", OMP_NUM_THREADS="8") == "1"
 
 
+@needs_openmp
 def test_threadpoolctl(threads):
     threads(4)
     with threadpoolctl.threadpool_limits(1):
         assert pyreg.get_num_threads() == 1
     assert pyreg.get_num_threads() == 4
     code = "import threadpoolctl\nwith threadpoolctl.threadpool_limits(1): pyreg.dropout(x)"
-    assert workers(code) == 1
-    assert workers("import threadpoolctl\npyreg.dropout(x)") == len(os.sched_getaffinity(0))
+    assert workers(code, before=OPENMP) == 1
+    assert workers("import threadpoolctl\npyreg.dropout(x)", before=OPENMP) == len(os.sched_getaffinity(0))
 
 
 def test_idle_threads_sleep():
