@@ -110,6 +110,11 @@ class Dropout(Layer):
     rng : numpy.random.Generator
         Source of the keys.  What is assigned to it counts as the parameter ``rng``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of another type or out of range.
+
     Notes
     -----
     Settings may be changed at any time, by a schedule for one.  They are checked when the layer is called, and the
@@ -416,6 +421,11 @@ class BatchNorm(Layer):
         Set by :meth:`backward`: the gradients of ``scale`` and ``bias``.
     training : bool
         Set by :meth:`train` and :meth:`eval`; true at first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of another type or out of range.
 
     Notes
     -----

@@ -1,10 +1,10 @@
 #!/bin/sh
-# What `./run check` does.  It wants ruff, mypy, clang-format and cmake in PATH; what needs a package of the system that is
-# missing is skipped, and says so.
+# What `./run check` does.  It wants ruff, mypy, clang-format, cmake and sphinx-build in PATH; what needs a package of the
+# system that is missing is skipped, and says so.
 #
-#   tests/check.sh            lint build sanitize
+#   tests/check.sh            lint docs build sanitize
 #   tests/check.sh --all      all steps: these, races memory instructions cpus compilers systems types dist slow
-#   tests/check.sh STEP...    these
+#   tests/check.sh STEP...    these; links, of the manual to other sites, is in no list, because it wants the network
 #
 # CLANG=clang-19 chooses one of several.
 set -eu
@@ -38,6 +38,12 @@ lint() {
     mypy
     clang-format --dry-run -Werror csrc/*.[ch] csrc/kernels/*.[ch] tests/c/*.[ch]
 }
+
+docs() { # the manual: no warnings, and no reference that leads nowhere
+    sphinx-build --fresh-env --quiet --fail-on-warning --keep-going -b html docs build/docs
+}
+
+links() { sphinx-build --quiet --fail-on-warning -b linkcheck docs build/links; }
 
 build() { # no warnings, and the same results on every instruction set of this machine
     if has gcc gcc; then
@@ -187,14 +193,16 @@ slow() { python -m pytest -m slow; }
 
 all=
 case "${1-}" in
-    "") set -- lint build sanitize ;;
+    "") set -- lint docs build sanitize ;;
     --all)
-        all=yes && set -- lint build sanitize races memory instructions cpus compilers systems types dist slow
+        all=yes
+        set -- lint docs build sanitize races memory instructions cpus compilers systems types dist slow
         ;;
 esac
 for step; do
     case $step in
-        lint | build | sanitize | races | memory | instructions | cpus | compilers | systems | types | dist | slow) $step ;;
+        lint | docs | build | sanitize | races | memory | instructions | cpus) $step ;;
+        compilers | systems | types | dist | slow | links) $step ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
