@@ -17,6 +17,7 @@ COMMANDS = {
     "roofline": "bandwidth of each cache level, and how far each kernel is from it",
     "scaling": "one op over threads and sizes; with a busy neighbour; where threads pay",
     "plan": "what the figures of this machine predict for larger ones",
+    "pictures": "draw the pictures of the manual from the figures of report",
     "report": "run all of these and write the figures into the documentation",
 }
 

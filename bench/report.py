@@ -5,8 +5,8 @@
 The figures of each command go to a JSON file and a plot in a folder of docs/performance/ that has the name of the
 machine.  Then every part of README.md and of the pages in docs/ that lies between <!-- bench: NAME --> and
 <!-- /bench --> is written anew from the files of all machines; the rest of the pages is left alone.  --no-run writes
-these parts from the files that are there.  --quick only touches docs/performance.md.  All of it takes half an hour on a
-quiet machine with 2 CPUs.
+these parts from the files that are there.  --quick only touches docs/performance*.md.  All of it takes half an hour on
+a quiet machine with 2 CPUs.
 """
 
 import json
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import accuracy, cases, compare, imports, machine, output, plan, roofline, scaling
+from bench import accuracy, cases, compare, imports, machine, output, pictures, plan, roofline, scaling
 from bench.output import console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,8 @@ def run(args):
     failed = [] if args.no_run else [name for name in args.only if not measure(name, args)]
     results = {folder: read(folder) for folder in sorted(args.docs.iterdir()) if any(folder.glob("*.json"))}
     if args.documents is None:
-        args.documents = [ROOT / "docs" / "performance.md"] if args.quick else documents()
+        args.documents = sorted((ROOT / "docs").glob("performance*.md")) if args.quick else documents()
+        pictures.draw_steps(ROOT / "docs" / "pictures" / "steps.svg")
     for document in args.documents:
         text = document.read_text()
         document.write_text(filled(text, results, document.parent))

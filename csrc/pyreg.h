@@ -182,7 +182,7 @@ int pyreg_limit_threads(int n);    /* calling thread only; 0: no limit.  Returns
 /* Follow an OpenMP library that the process has loaded: its number of threads and its limits hold for calls, too.  At
  * first it is the one that this library is linked with, or else one that was loaded before, under its usual name.  Returns
  * false where there is no such library, or it lacks gcc's entry points (LLVM's and Intel's have them).  Where none is
- * followed, OMP_NUM_THREADS is heeded. */
+ * followed, OMP_NUM_THREADS and OMP_THREAD_LIMIT are heeded. */
 bool pyreg_follow_openmp(const char *file);
 
 /* Whether its threads help in calls from this thread, instead of our own: for a program whose other code keeps them

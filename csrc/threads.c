@@ -31,8 +31,8 @@ struct openmp {
     const char *file;
 };
 static const struct openmp *_Atomic openmp; /* the one that is followed; NULL: none */
-static int env_threads;                     /* OMP_NUM_THREADS, heeded where there is none; 0: not set */
-static atomic_bool main_unpinned;           /* pyreg_unpinned */
+static int env_threads, env_limit; /* OMP_NUM_THREADS and OMP_THREAD_LIMIT, for where there is none; 0: not set */
+static atomic_bool main_unpinned;  /* pyreg_unpinned */
 
 void pyreg_unpinned(void) { atomic_store(&main_unpinned, true); }
 
@@ -88,10 +88,14 @@ bool pyreg_follow_openmp(const char *file) {
     return true;
 }
 
+static int env_number(const char *name) {
+    const char *text = getenv(name);
+    const long n = text ? strtol(text, NULL, 10) : 0;
+    return n > 0 && n < INT_MAX ? (int)n : 0;
+}
+
 static void openmp_init(void) {
-    const char *asked = getenv("OMP_NUM_THREADS");
-    const long n = asked ? strtol(asked, NULL, 10) : 0;
-    if (n > 0 && n < INT_MAX) env_threads = (int)n;
+    env_threads = env_number("OMP_NUM_THREADS"), env_limit = env_number("OMP_THREAD_LIMIT");
 #ifdef _OPENMP
     if (pyreg_follow_openmp(platform_library((void *)(intptr_t)omp_get_max_threads))) return;
 #endif
@@ -140,7 +144,7 @@ struct threads threads_for_call(void) {
     const int openmp_threads = o ? o->max_threads() : env_threads;
     const bool follow = o ? (!asked && o->asked) || openmp_threads != o->before : !asked && env_threads;
     if (follow && openmp_threads < t.count) t.count = openmp_threads;
-    const int allowed = number_of(thread_limit), limit = o ? o->thread_limit() : INT_MAX;
+    const int allowed = number_of(thread_limit), limit = o ? o->thread_limit() : env_limit ? env_limit : INT_MAX;
     if (allowed && allowed < t.count) t.count = allowed;
     if (t.count > limit) t.count = limit;
     t.useful = t.count > cpus ? t.count : cpus;

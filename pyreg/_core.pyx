@@ -4,7 +4,6 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cimport numpy as cnp
-from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
 
@@ -52,7 +51,7 @@ cdef int use_asked_threads() except -1:
     """Tells C what holds in this thread or task; at the start of each call."""
     cdef tuple numbers
     if ever_asked:
-        numbers = get_value(asked)
+        numbers = asked.get()
         pyreg_use_threads(numbers[0][0] if numbers else 0)
     return 0
 
@@ -502,7 +501,8 @@ cdef init():
                           f"run; choose from {', '.join(isa_available())}")
     global main_thread
     main_thread = threading.main_thread().ident
-    os.register_at_fork(after_in_child=this_is_the_main_thread)
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(after_in_child=this_is_the_main_thread)
     pyreg_set_interrupt_check(signal_arrived)
 
 

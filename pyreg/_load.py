@@ -6,6 +6,7 @@ one of them, and with it all threads that this one starts later: those of JAX, t
 
 import importlib.util
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,15 +15,18 @@ if importlib.util.find_spec("pyreg._core") is None:
         f"{os.path.dirname(__file__)} is pyreg's source, without its compiled core; start Python in another folder, "
         "or with -P, to import the installed pyreg"
     )
-_cpus = os.sched_getaffinity(0)
-try:
+if sys.platform != "linux":  # threads are bound on Linux alone
     _core = importlib.import_module("pyreg._core")
-finally:
-    _pinned = os.sched_getaffinity(0) != _cpus
+else:
+    _cpus = os.sched_getaffinity(0)
+    try:
+        _core = importlib.import_module("pyreg._core")
+    finally:
+        _pinned = os.sched_getaffinity(0) != _cpus
+        if _pinned:
+            os.sched_setaffinity(0, _cpus)
     if _pinned:
-        os.sched_setaffinity(0, _cpus)
-if _pinned:
-    _core.unpinned()
+        _core.unpinned()
 
 
 def _edited_sources() -> list[str]:
@@ -31,7 +35,7 @@ def _edited_sources() -> list[str]:
     if core.parent == package:
         return []
     compiled = core.stat().st_mtime
-    patterns = ("pyreg/*.pyx", "pyreg/*.pxd", "csrc/**/*.c", "csrc/**/*.cc", "csrc/**/*.h")
+    patterns = ("pyreg/*.pyx", "pyreg/*.pxd", "csrc/**/*.c", "csrc/**/*.h")
     return [
         str(file) for pattern in patterns for file in package.parent.glob(pattern) if file.stat().st_mtime > compiled
     ]

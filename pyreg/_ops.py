@@ -500,7 +500,19 @@ def batch_norm_backward(
 
 
 def get_num_threads() -> int:
-    """Number of threads that the next large call from this thread or task will use."""
+    """Number of threads that the next large call from this thread or task will use.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Examples
+    --------
+    >>> import pyreg
+    >>> pyreg.get_num_threads() >= 1
+    True
+    """
     return _core.get_num_threads()
 
 
@@ -513,6 +525,24 @@ def set_num_threads(n: int | None) -> None:
 
     The threads that help are shared by all calls, and sleep between them; where the system refuses another one, those
     that there are do the work.  A child made by ``fork()`` starts its own.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; ``None`` is automatic.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``n`` is no such number.
+
+    Examples
+    --------
+    >>> import pyreg
+    >>> pyreg.set_num_threads(2)
+    >>> pyreg.get_num_threads()
+    2
+    >>> pyreg.set_num_threads(None)
     """
     _core.set_num_threads(0 if n is None else arg.as_threads(n, ", or None for automatic"))
 
@@ -522,6 +552,16 @@ def num_threads(n: int) -> Iterator[None]:
     """Use ``n`` threads in calls while the context is active: in calls from this thread, or from this asyncio task.
 
     It is a context variable: tasks and ``asyncio.to_thread`` take over what holds where they are created.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``n`` is no such number.
 
     Examples
     --------

@@ -48,6 +48,11 @@ class Dropout1d(_ChannelDropout):
     rng, impl, inverted
         As in :class:`pyreg.Dropout`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`pyreg.Dropout`, or if ``axis`` is no dim of such an input.
+
     Notes
     -----
     Tompson et al., "Efficient object localization using convolutional networks", 2015: neighbours within a channel are
@@ -80,6 +85,11 @@ class Dropout2d(_ChannelDropout):
     axis : int
         The dim that counts the channels in a batch: -1 for (N, H, W, C) and (H, W, C).
 
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`pyreg.Dropout`, or if ``axis`` is no dim of such an input.
+
     Examples
     --------
     >>> import numpy as np, pyreg
@@ -104,6 +114,11 @@ class Dropout3d(_ChannelDropout):
         As in :class:`pyreg.Dropout1d`.
     axis : int
         The dim that counts the channels in a batch: -1 for (N, D, H, W, C) and (D, H, W, C).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`pyreg.Dropout`, or if ``axis`` is no dim of such an input.
 
     Examples
     --------
@@ -154,6 +169,11 @@ class DropPath(_WholeDropout):
     inverted : bool
         If false, scale by ``1 - rate`` in evaluation instead of by ``1 / (1 - rate)`` in training, as in the paper.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`pyreg.Dropout`.
+
     Notes
     -----
     Huang et al., "Deep networks with stochastic depth", 2016, who draw once for the whole batch.
@@ -189,6 +209,11 @@ class WordDropout(_WholeDropout):
         makes up for it in evaluation.
     rng, impl, inverted
         As in :class:`pyreg.Dropout`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`pyreg.Dropout`.
 
     Examples
     --------

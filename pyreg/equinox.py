@@ -8,17 +8,26 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pyreg._arguments import JaxImpl, as_integers, check_jax_impl, is_supported
-from pyreg._flax import as_rate_for, draws, draws_traced, step
-from pyreg.jax import batch_norm, dropout
-from pyreg.jax._primitive import flag
+from pyreg._extras import needs
+
+with needs("equinox", "jax", "equinox"):
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    from pyreg._flax import as_rate_for, draws, draws_traced, step
+    from pyreg.jax import batch_norm, dropout
+    from pyreg.jax._primitive import flag
 
 __all__ = ["BatchNorm", "Dropout", "convert", "revert"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Array = jax.Array
 Tree = TypeVar("Tree")
@@ -39,6 +48,13 @@ class Dropout(eqx.nn.Dropout):
     impl : {"auto", "philox"}
         ``"auto"``: Equinox's mask.  ``"philox"``: another one for the same key, several times faster; see
         :func:`pyreg.jax.dropout`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``impl`` or ``broadcast_dims`` is out of range; when the layer is called, also if ``p`` is.
+    RuntimeError
+        When it is called without a key in training, by Equinox.
 
     Notes
     -----
@@ -106,6 +122,11 @@ class BatchNorm(eqx.nn.BatchNorm):
     input_size, axis_name, eps, channelwise_affine, momentum, inference, dtype, mode
         As for Equinox's class, in both of its modes.
 
+    Raises
+    ------
+    ValueError
+        As Equinox's class.
+
     Examples
     --------
     >>> import equinox as eqx, jax, pyreg.equinox
@@ -165,6 +186,11 @@ def convert(tree: Tree, *, impl: JaxImpl = "auto") -> Tree:
         A new tree: Equinox's modules do not change.  Its structure names other classes, so convert a model before the
         state of its optimiser is made, or both together.
 
+    Raises
+    ------
+    ValueError
+        If ``impl`` is out of range.
+
     See Also
     --------
     revert
@@ -204,6 +230,12 @@ def revert(tree: Tree) -> Tree:
     ------
     ValueError
         If a Dropout has dims that share a mask, which Equinox's has not.
+
+    Examples
+    --------
+    >>> import equinox as eqx, pyreg.equinox
+    >>> type(pyreg.equinox.revert(pyreg.equinox.Dropout(0.5))) is eqx.nn.Dropout
+    True
     """
 
     def theirs(node: Any) -> Any:

@@ -7,16 +7,24 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import haiku as hk
-import jax
-import jax.numpy as jnp
-
-from pyreg import _flax
 from pyreg._arguments import JaxImpl, check_jax_impl, is_supported
-from pyreg.jax import batch_norm
-from pyreg.jax import dropout as jax_dropout
+from pyreg._extras import needs
+
+with needs("haiku", "jax", "haiku"):
+    import haiku as hk
+    import jax
+    import jax.numpy as jnp
+
+    from pyreg import _flax
+    from pyreg.jax import batch_norm
+    from pyreg.jax import dropout as jax_dropout
 
 __all__ = ["BatchNorm", "dropout"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # Without Haiku's wrapper, which counts a call by super() as another one: for interceptors.
 _haiku_batch_norm = inspect.unwrap(hk.BatchNorm.__call__)
@@ -81,6 +89,11 @@ class BatchNorm(hk.BatchNorm):
     ----------
     create_scale, create_offset, decay_rate, eps, scale_init, offset_init, axis, cross_replica_axis, ...
         As for Haiku's class.  Where ``axis`` leaves other than one dim, Haiku's own code computes.
+
+    Raises
+    ------
+    ValueError
+        As Haiku's class.
 
     Examples
     --------

@@ -22,7 +22,8 @@ def _count_fork() -> None:
     _forks += 1
 
 
-os.register_at_fork(after_in_child=_count_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_count_fork)
 
 
 def _check_state(state: Any) -> None:
@@ -108,6 +109,11 @@ class Dropout(Layer):
         Key of the last training call.
     rng : numpy.random.Generator
         Source of the keys.  What is assigned to it counts as the parameter ``rng``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of another type or out of range.
 
     Notes
     -----
@@ -415,6 +421,11 @@ class BatchNorm(Layer):
         Set by :meth:`backward`: the gradients of ``scale`` and ``bias``.
     training : bool
         Set by :meth:`train` and :meth:`eval`; true at first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of another type or out of range.
 
     Notes
     -----

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import linen
-from flax.linen import dtypes
-
 from pyreg import _arguments as arg
 from pyreg._arguments import Activation, JaxImpl
-from pyreg._flax import activate, draws, draws_weights, drop_weights, keep_whole, normalise, normalises, step
-from pyreg.jax import dropout
+from pyreg._extras import needs
+
+with needs("flax", "jax", "flax"):
+    import jax
+    import jax.numpy as jnp
+    from flax import linen
+    from flax.linen import dtypes
+
+    from pyreg._flax import activate, draws, draws_weights, drop_weights, keep_whole, normalise, normalises, step
+    from pyreg.jax import dropout
 
 __all__ = [
     "BatchNorm",
@@ -34,6 +37,11 @@ __all__ = [
     "accelerate",
     "dot_product_attention",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # Without Flax's wrapper, which counts a call by super() as another one: for interceptors and captured intermediates.
 _flax_dropout, _flax_batch_norm = (inspect.unwrap(layer.__call__) for layer in (linen.Dropout, linen.BatchNorm))
@@ -49,6 +57,11 @@ class Dropout(linen.Dropout):
     impl : {"auto", "philox"}
         ``"auto"``: Flax's mask.  ``"philox"``: another one for the same key, several times faster; see
         :func:`pyreg.jax.dropout`.
+
+    Raises
+    ------
+    ValueError
+        When the layer is called, if ``rate``, ``impl`` or ``broadcast_dims`` is out of range.
 
     Examples
     --------
@@ -121,6 +134,11 @@ class Dropout1d(_ChannelDropout):
     axis : int
         The dim that counts the channels in a batch: 1 for PyTorch's (N, C, L) and (C, L).
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
+
     See Also
     --------
     pyreg.Dropout1d : the same for NumPy.
@@ -149,6 +167,11 @@ class Dropout2d(_ChannelDropout):
     rate, axis, ...
         As for :class:`Dropout1d`.
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
+
     Examples
     --------
     >>> import jax, pyreg.linen
@@ -172,6 +195,11 @@ class Dropout3d(_ChannelDropout):
     ----------
     rate, axis, ...
         As for :class:`Dropout1d`.
+
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
 
     Examples
     --------
@@ -209,6 +237,11 @@ class DropPath(_WholeDropout):
     scale_by_keep : bool
         If false, kept samples are not scaled.
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if an input has no dims.
+
     See Also
     --------
     pyreg.DropPath : the same for NumPy.
@@ -236,6 +269,11 @@ class WordDropout(_WholeDropout):
         As for :class:`Dropout`.
     scale_by_keep : bool
         If false, kept words are not scaled.
+
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if an input has no dims.
 
     See Also
     --------
@@ -265,6 +303,11 @@ class BatchNorm(linen.BatchNorm):
         number of elements, also where a mask makes these differ.
     activation : {None, "relu"}
         Applied to the result, in the same sweep.
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is out of range.
 
     Examples
     --------
@@ -339,6 +382,11 @@ def dot_product_attention(
     jax.Array, shape (..., queries, heads, value_channels)
         For the same key, Flax's bits.
 
+    Raises
+    ------
+    ValueError
+        If ``dropout_rate`` or ``impl`` is out of range; else as Flax's function.
+
     Examples
     --------
     >>> import pyreg.linen
@@ -374,6 +422,11 @@ def accelerate(*, impl: JaxImpl = "auto") -> Iterator[None]:
     ----------
     impl : {"auto", "philox"}
         As for :class:`Dropout`.
+
+    Raises
+    ------
+    ValueError
+        If ``impl`` is out of range.
 
     Notes
     -----

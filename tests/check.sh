@@ -1,10 +1,10 @@
 #!/bin/sh
-# What `./run check` does.  It wants ruff, mypy, clang-format and cmake in PATH; what needs a package of the system that is
-# missing is skipped, and says so.
+# What `./run check` does.  It wants ruff, mypy, clang-format, cmake and sphinx-build in PATH; what needs a package of the
+# system that is missing is skipped, and says so.
 #
-#   tests/check.sh            lint build sanitize
-#   tests/check.sh --all      all steps: lint build sanitize races memory instructions cpus types dist slow
-#   tests/check.sh STEP...    these
+#   tests/check.sh            lint docs build sanitize
+#   tests/check.sh --all      all steps: these, races memory instructions cpus compilers systems types dist slow
+#   tests/check.sh STEP...    these; links, of the manual to other sites, is in no list, because it wants the network
 #
 # CLANG=clang-19 chooses one of several.
 set -eu
@@ -38,6 +38,12 @@ lint() {
     mypy
     clang-format --dry-run -Werror csrc/*.[ch] csrc/kernels/*.[ch] tests/c/*.[ch]
 }
+
+docs() { # the manual: no warnings, and no reference that leads nowhere
+    sphinx-build --fresh-env --quiet --fail-on-warning --keep-going -b html docs build/docs
+}
+
+links() { sphinx-build --quiet --fail-on-warning -b linkcheck docs build/links; }
 
 build() { # no warnings, and the same results on every instruction set of this machine
     if has gcc gcc; then
@@ -83,17 +89,70 @@ instructions() { # of the inner loops: no more than recorded
     python tests/instructions.py build/check/gcc/test_count
 }
 
-cpus() { # the results of another architecture, and of an old CPU
-    if has aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu && has qemu-aarch64 qemu-user; then
-        compile aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-            -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DPYREG_SANITIZE=plain \
-            "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
-        run_tests aarch64 -R baseline -E threads # whose forks amid threads qemu itself does not survive
-    fi
+emulate() { # CPU TRIPLE CTEST-OPTIONS CMAKE-OPTION...: by a cross compiler and qemu
+    cpu=$1 triple=$2 tests=$3
+    shift 3
+    has "$triple-gcc" "gcc-$triple" && has "qemu-$cpu" qemu-user || return 0
+    compile "$cpu" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR="$cpu" -DCMAKE_C_COMPILER="$triple-gcc" \
+        "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-$cpu;-L;/usr/$triple" -DPYREG_SANITIZE=plain "$@"
+    # shellcheck disable=SC2086 # words of it
+    run_tests "$cpu" $tests
+}
+
+cpus() { # the results of other architectures, and of old CPUs
+    some="-R ^(golden|dropout|allocation|races)_baseline" # qemu is slow
+    emulate aarch64 aarch64-linux-gnu "-R baseline -E threads" # whose forks amid threads qemu itself does not survive
+    emulate s390x s390x-linux-gnu "$some" # big-endian
+    emulate arm arm-linux-gnueabihf "$some" -DCMAKE_C_FLAGS=-Werror # 32 bits
+    emulate i386 i686-linux-gnu "$some" "-DCMAKE_C_FLAGS=-Werror -msse2 -mfpmath=sse"
     if [ "$(uname -m)" = x86_64 ] && has qemu-x86_64 qemu-user && has gcc gcc; then
         plain
-        qemu-x86_64 -cpu Nehalem build/check/gcc/test_golden $golden
+        for cpu in core2duo Nehalem Haswell; do qemu-x86_64 -cpu $cpu build/check/gcc/test_golden $golden; done
     fi
+}
+
+compilers() { # no warnings of any gcc or clang that is installed, and the same results
+    for compiler in $(find /usr/bin /usr/local/bin -name 'gcc-[0-9]*' -o -name 'clang-[0-9]*' | sort -V); do
+        name=${compiler##*/}
+        compile "$name" -DCMAKE_C_COMPILER="$compiler" -DCMAKE_C_FLAGS=-Werror -DPYREG_OPENMP=OFF -DPYREG_SANITIZE=plain
+        run_tests "$name" -R golden
+    done
+}
+
+link_by_zig() { # TARGET CMAKE-OPTION...: compiles and links by zig, which brings the headers of many systems
+    target=$1
+    shift
+    has "${ZIG:-zig}" "none; pip install ziglang, and ZIG=" || return 0
+    mkdir -p build/check
+    for tool in ar ranlib; do
+        printf '#!/bin/sh\nexec "%s" %s "$@"\n' "$(command -v "${ZIG:-zig}")" $tool >build/check/zig-$tool
+        chmod +x build/check/zig-$tool
+    done
+    CC="${ZIG:-zig} cc -target $target" compile "$target" -DCMAKE_AR="$PWD/build/check/zig-ar" \
+        -DCMAKE_RANLIB="$PWD/build/check/zig-ranlib" -DPYREG_SANITIZE=plain "$@"
+}
+
+systems() { # other operating systems: runs what can run here, and links the rest
+    if has gcc gcc; then # what macOS gets
+        compile posix -DCMAKE_C_COMPILER=gcc "-DCMAKE_C_FLAGS=-Werror -DPYREG_AS_POSIX" -DPYREG_OPENMP=OFF \
+            -DPYREG_SANITIZE=plain
+        run_tests posix -E v4
+    fi
+    if has musl-gcc musl-tools; then # which lacks the kernel's headers
+        compile musl -DCMAKE_C_COMPILER=musl-gcc -DPYREG_OPENMP=OFF -DPYREG_SANITIZE=plain \
+            "-DCMAKE_C_FLAGS=-idirafter /usr/include -idirafter /usr/include/$(uname -m)-linux-gnu"
+        run_tests musl -E v4
+    fi
+    mingw=x86_64-w64-mingw32-gcc-posix
+    if has $mingw gcc-mingw-w64-x86-64-posix && has wine wine; then
+        compile windows-x86_64 -DCMAKE_SYSTEM_NAME=Windows -DCMAKE_C_COMPILER=$mingw -DCMAKE_C_FLAGS=-Werror \
+            -DCMAKE_CROSSCOMPILING_EMULATOR=wine -DPYREG_SANITIZE=plain
+        WINEDEBUG=-all run_tests windows-x86_64 -E v4
+    fi
+    link_by_zig aarch64-windows-gnu -DCMAKE_SYSTEM_NAME=Windows -DCMAKE_SYSTEM_PROCESSOR=ARM64
+    link_by_zig aarch64-macos -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64
+    link_by_zig x86_64-macos -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=x86_64
+    echo "check: $step: only compiled, not run: macOS, and Windows on arm64" >&2
 }
 
 types() { # of all that users may import, as pyright sees them
@@ -134,12 +193,16 @@ slow() { python -m pytest -m slow; }
 
 all=
 case "${1-}" in
-    "") set -- lint build sanitize ;;
-    --all) all=yes && set -- lint build sanitize races memory instructions cpus types dist slow ;;
+    "") set -- lint docs build sanitize ;;
+    --all)
+        all=yes
+        set -- lint docs build sanitize races memory instructions cpus compilers systems types dist slow
+        ;;
 esac
 for step; do
     case $step in
-        lint | build | sanitize | races | memory | instructions | cpus | types | dist | slow) $step ;;
+        lint | docs | build | sanitize | races | memory | instructions | cpus) $step ;;
+        compilers | systems | types | dist | slow | links) $step ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done

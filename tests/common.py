@@ -1,5 +1,6 @@
 """Names that the tests share."""
 
+import ctypes.util
 import importlib.util
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from pyreg import _core
 
@@ -47,6 +49,11 @@ def layouts(x):
     odd = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
     odd[...] = x
     yield "odd address", odd
+
+
+# For code that sets something of OpenMP's: pyreg need not be linked with an OpenMP library.
+OPENMP = "import ctypes\nctypes.CDLL('libgomp.so.1')\n"
+needs_openmp = pytest.mark.skipif(not ctypes.util.find_library("gomp"), reason="there is no libgomp")
 
 
 def python(code, *, timeout=60, warnings="error", **environ):

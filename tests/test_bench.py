@@ -189,6 +189,14 @@ def test_documents_ask_for_the_parts_that_there_are():
     assert plots == drawn
 
 
+def test_pictures(tmp_path):
+    folder, pages = ROOT / "docs" / "pictures", "".join(map(Path.read_text, (ROOT / "docs").glob("*.md")))
+    program.main(["pictures", "--folder", str(tmp_path)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in folder.iterdir())
+    assert all(f"(pictures/{p.name})" in pages for p in folder.iterdir())
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 300_000
+
+
 def test_report_keeps_the_machines_side_by_side(tmp_path):
     result = json.loads(next((ROOT / "docs" / "performance").glob("*/compare.json")).read_text())
     for cpu in ("First CPU", "Second CPU"):

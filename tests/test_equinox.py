@@ -1,7 +1,6 @@
 """pyreg.equinox against Equinox: layers, converted trees, training, files."""
 
 import copy
-import doctest
 import inspect
 import pickle
 import warnings
@@ -174,10 +173,6 @@ def test_errors():
         pyreg.equinox.Dropout(0.5)(x)
     with pytest.raises(TypeError, match="x has dtype int32"):
         pyreg.equinox.Dropout(0.5, broadcast_dims=0)(jnp.arange(3), key=KEY)
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(pyreg.equinox).failed == 0
 
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """pyreg.haiku against Haiku: the function, the module, training, saved parameters and state."""
 
-import doctest
 import inspect
 import pickle
 import warnings
@@ -112,10 +111,6 @@ def test_philox_and_errors():
         pyreg.haiku.dropout(KEY, 0.3, x, impl="x")
     with pytest.raises(ValueError, match="broadcast_dims has 2; wanted dims of an array with 2 dims"):
         pyreg.haiku.dropout(KEY, 0.3, x, (2,))
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(pyreg.haiku).failed == 0
 
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Keras reads its backend when it is imported.  If another test has imported it wi
 """
 
 import copy
-import doctest
 import os
 import pickle
 import warnings
@@ -158,13 +157,6 @@ def test_errors():
         pyreg.keras.Dropout(0.5, impl="x")
     with pytest.raises(ValueError, match="Expected a float value between 0 and 1"):
         pyreg.keras.Dropout(1.5)
-
-
-def test_examples_in_docstrings():
-    from pyreg.keras import _convert, _layers
-
-    failed = [doctest.testmod(module).failed for module in (_convert, _layers)]
-    assert failed == [0, 0]
 
 
 # ---- Batch normalization ---------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """pyreg.linen against Flax's linen: layers, attention, and models with either."""
 
-import doctest
 import functools
 import inspect
 import warnings
@@ -201,10 +200,6 @@ def test_errors_of_shared_masks():
         pyreg.linen.DropPath(0.5).apply({}, jnp.float32(1), False, KEY)
     with pytest.raises(TypeError, match="broadcast_dims"):
         pyreg.linen.Dropout1d(0.5, broadcast_dims=(1,))
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(pyreg.linen).failed == 0
 
 
 # ---- Models with Flax's own layers -----------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """pyreg as part of a process: threads, forks, signals, memory bounds, the environment."""
 
 import ctypes
-import doctest
-import importlib
 import os
 import signal
 import subprocess
@@ -13,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import threadpoolctl
-from common import ISAS, in_threads, python, same
+from common import ISAS, OPENMP, in_threads, needs_openmp, python, same
 
 import pyreg
 from pyreg import _core
@@ -25,12 +23,12 @@ LARGE = 4_000_000  # enough for several threads
 # ---- Threads -------------------------------------------------------------------------------------------------------
 
 
-def workers(code, **environ):
+def workers(code, before="", **environ):
     """Number of threads that the process has after a large call."""
-    call = f"import os, numpy as np, pyreg\nx = np.ones({LARGE}, np.float32)\n{code}\n"
+    start = f"import os, numpy as np, pyreg\nx = np.ones({LARGE}, np.float32)\n"
     count = "print(len(os.listdir('/proc/self/task')))"
-    one = python(f"import os, numpy as np, pyreg\nx = np.ones({LARGE}, np.float32)\n{count}", **environ)
-    return int(python(call + count, **environ)) - int(one) + 1
+    one = python(start + count, **environ)
+    return int(python(f"{before}{start}{code}\n{count}", **environ)) - int(one) + 1
 
 
 def test_number_of_threads(threads):
@@ -77,14 +75,15 @@ def test_cpu_quota(one_cpu_cgroup):
     assert python(f"{join}; import pyreg; print(pyreg.get_num_threads())", OMP_NUM_THREADS="8") == "1"
 
 
+@needs_openmp
 def test_threadpoolctl(threads):
     threads(4)
     with threadpoolctl.threadpool_limits(1):
         assert pyreg.get_num_threads() == 1
     assert pyreg.get_num_threads() == 4
     code = "import threadpoolctl\nwith threadpoolctl.threadpool_limits(1): pyreg.dropout(x)"
-    assert workers(code) == 1
-    assert workers("import threadpoolctl\npyreg.dropout(x)") == len(os.sched_getaffinity(0))
+    assert workers(code, before=OPENMP) == 1
+    assert workers("import threadpoolctl\npyreg.dropout(x)", before=OPENMP) == len(os.sched_getaffinity(0))
 
 
 def test_idle_threads_sleep():
@@ -370,14 +369,15 @@ def test_import_is_light():
     assert python(code) == "[]"
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:")  # of JAX, if it has been imported
-@pytest.mark.parametrize("module", ["_ops", "layers", "channelwise", "_config"])
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(importlib.import_module(f"pyreg.{module}"))
-    assert result.failed == 0
-
-
-def test_public_names_have_docs():
-    for name, thing in vars(pyreg).items():
-        if not name.startswith("_") and callable(thing):
-            assert thing.__doc__, name
+def test_a_front_end_says_what_it_lacks():
+    code = """
+import importlib, sys
+extras = {name: name for name in ("jax", "equinox", "haiku", "keras", "torch")} | {"nnx": "flax", "linen": "flax"}
+sys.modules |= dict.fromkeys(extras.values())  # None: not to be found
+for module, extra in extras.items():
+    try:
+        importlib.import_module(f"pyreg.{module}")
+    except ModuleNotFoundError as error:
+        print(error.name in (extra, "jax") and f'wanted pyreg with it: pip install "pyreg[{extra}]"' in str(error))
+"""
+    assert python(code).split() == ["True"] * 7

@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from common import in_threads, python, same
+from common import OPENMP, in_threads, needs_openmp, python, same
 
 import pyreg
 
@@ -95,7 +95,8 @@ BINDING = [
 
 @several_cpus
 @pytest.mark.parametrize("environ", BINDING, ids=str)
-@pytest.mark.parametrize("imports", ["", "import ctypes; ctypes.CDLL('libgomp.so.1')\n"], ids=["first", "after OpenMP"])
+@needs_openmp
+@pytest.mark.parametrize("imports", ["", OPENMP], ids=["first", "after OpenMP"])
 def test_openmp_binds_threads(environ, imports):
     """What OpenMP pins is not what the process may use; pyreg's import pins nothing, and what the user pins holds."""
     code = f"""{imports}import os
@@ -181,6 +182,7 @@ print(before, pyreg.get_num_threads())
 # ---- Limits --------------------------------------------------------------------------------------------------------
 
 
+@needs_openmp
 @pytest.mark.parametrize("environ", [{}, {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "3"}])
 def test_limits_hold_on_both_sides_of_the_default(environ):
     default = int(environ.get("OMP_NUM_THREADS", len(CPUS)))
@@ -203,7 +205,7 @@ for limit in {limits}:
     pyreg.set_num_threads(None)
     assert pyreg.get_num_threads() == automatic
 """
-    python(code, **environ)
+    python(OPENMP + code, **environ)
 
 
 def test_openmp_thread_limit():

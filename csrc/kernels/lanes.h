@@ -208,6 +208,10 @@ static inline narrow load_narrow(const elem_t *x) {
     v = (narrow)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
 #elif defined(PYREG_BF16) && defined(__AVX2__)
     v = (narrow)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x)), 16);
+#elif defined(PYREG_F16) && defined(__aarch64__)
+    uint32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    v = (narrow)vget_low_f32(vcvt_f32_f16(vreinterpret_f16_u32(vdup_n_u32(pair))));
 #else
     for (size_t l = 0; l < LANES64; l++) v[l] = load(x[l]);
 #endif

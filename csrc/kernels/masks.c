@@ -20,8 +20,8 @@ struct digits {
 
 /* Digits 4 q .. 4 q + 3, or + 7 if eight, of the words at these counters (low halves; the high half is the same).
  * Of the first two rounds half is the same for all of them, and most for all q. */
-static inline struct digits compare_digits(const struct draw *draw, vec32 counter, uint32_t high, uint32_t q,
-                                           bool eight) {
+static INLINE_LONG struct digits compare_digits(const struct draw *draw, vec32 counter, uint32_t high, uint32_t q,
+                                                bool eight) {
     const uint64_t(*k)[2] = draw->round_key;
     vec64 low[2]; /* even and odd words */
     split_low(counter, &low[0], &low[1]);

@@ -14,6 +14,14 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
+/* For what a constant argument makes short, but is long: clang would compile one for all calls, half as fast.  gcc takes
+ * the right ones by itself, and is 5 % slower where it is told. */
+#if defined(__clang__)
+#define INLINE_LONG ALWAYS_INLINE
+#else
+#define INLINE_LONG inline
+#endif
+
 #if defined(__AVX512F__)
 enum { VEC_BYTES = 64 };
 #elif defined(__AVX2__)

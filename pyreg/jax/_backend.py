@@ -89,6 +89,10 @@ def ffi_targets() -> list[str]:
     `jax.export` wants to be told of them; whoever runs the program has to import `pyreg.jax`, or, where that is not
     enough, to call :func:`pyreg.jax.register`.
 
+    Returns
+    -------
+    list of str
+
     Examples
     --------
     >>> import jax, pyreg.jax

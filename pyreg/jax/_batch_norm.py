@@ -593,6 +593,13 @@ def batch_norm_inference(
     jax.Array
         Shape and dtype of ``x``.
 
+    Raises
+    ------
+    TypeError
+        If an array has another dtype.
+    ValueError
+        If shapes do not fit, or an option is out of range.
+
     Examples
     --------
     >>> import jax, pyreg.jax

@@ -363,7 +363,7 @@ def dropout(
     >>> import jax, pyreg.jax
     >>> x = jax.numpy.ones(8)
     >>> pyreg.jax.dropout(x, 0.5, key=jax.random.key(0))
-    Array([2., 0., 0., 0., 2., 2., 2., 0.], dtype=float32)
+    Array([0., 0., 2., 2., 0., 2., 2., 0.], dtype=float32)
     """
     traced = _check_traced(rate) if isinstance(rate, jax.core.Tracer) else None
     known = arg.as_rate(rate) if traced is None else None

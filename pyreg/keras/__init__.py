@@ -4,8 +4,11 @@ Configuration, weights, masks and seed generators are Keras's, and so is what is
 without pyreg.  Where there is nothing for a kernel to do, or something to complain about, Keras's own code answers.
 """
 
-from pyreg.keras._convert import convert, revert
-from pyreg.keras._layers import BatchNormalization, Dropout, SpatialDropout1D, SpatialDropout2D, SpatialDropout3D
+from pyreg._extras import needs as _needs
+
+with _needs("keras", "keras"):
+    from pyreg.keras._convert import convert, revert
+    from pyreg.keras._layers import BatchNormalization, Dropout, SpatialDropout1D, SpatialDropout2D, SpatialDropout3D
 
 __all__ = [
     "BatchNormalization",
@@ -16,6 +19,11 @@ __all__ = [
     "convert",
     "revert",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 for _name in __all__:
     globals()[_name].__module__ = __name__  # as users know them

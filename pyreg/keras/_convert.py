@@ -84,6 +84,13 @@ def revert(model: Model) -> Model:
     ------
     TypeError
         If ``model`` is no layer.
+
+    Examples
+    --------
+    >>> import keras, pyreg.keras
+    >>> layer = pyreg.keras.Dropout(0.5)
+    >>> pyreg.keras.revert(layer) is layer
+    True
     """
     for layer in _layers(model):
         if _is_ours(layer):

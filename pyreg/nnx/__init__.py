@@ -4,10 +4,13 @@ Each class is a subclass of Flax's that changes the computation only.  Where the
 something to complain about, Flax's own code answers.
 """
 
-from pyreg.nnx._attention import dot_product_attention
-from pyreg.nnx._attention import philox_attention as _philox_attention  # noqa: F401  # its name in older pickles
-from pyreg.nnx._convert import convert, revert
-from pyreg.nnx._layers import BatchNorm, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, WordDropout
+from pyreg._extras import needs as _needs
+
+with _needs("flax", "jax", "flax"):
+    from pyreg.nnx._attention import dot_product_attention
+    from pyreg.nnx._attention import philox_attention as _philox_attention  # noqa: F401  # its name in older pickles
+    from pyreg.nnx._convert import convert, revert
+    from pyreg.nnx._layers import BatchNorm, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, WordDropout
 
 __all__ = [
     "BatchNorm",
@@ -21,6 +24,11 @@ __all__ = [
     "dot_product_attention",
     "revert",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 for _name in __all__:
     globals()[_name].__module__ = __name__  # as users and pickles know them

@@ -48,6 +48,11 @@ def dot_product_attention(
     jax.Array, shape (..., queries, heads, value_channels)
         For the same key, Flax's bits.
 
+    Raises
+    ------
+    ValueError
+        If ``dropout_rate`` or ``impl`` is out of range; else as Flax's function.
+
     Examples
     --------
     >>> import pyreg.nnx

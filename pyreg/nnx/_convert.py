@@ -34,6 +34,11 @@ def convert(model: Model, *, impl: JaxImpl = "auto") -> Model:
     -------
     The model itself.
 
+    Raises
+    ------
+    ValueError
+        If ``impl`` is out of range; nothing has changed then.
+
     See Also
     --------
     revert
@@ -76,6 +81,14 @@ def revert(model: Model) -> Model:
     ------
     ValueError
         If a BatchNorm has an activation, which Flax's has not; nothing has changed then.
+
+    Examples
+    --------
+    >>> import pyreg.nnx
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(4, 16, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    >>> type(pyreg.nnx.revert(pyreg.nnx.convert(model)).layers[1]) is nnx.Dropout
+    True
     """
     nodes = list(_nodes(model))
     for node in nodes:

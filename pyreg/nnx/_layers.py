@@ -29,6 +29,11 @@ class Dropout(nnx.Dropout):
         ``"auto"``: Flax's mask.  ``"philox"``: another one for the same key, several times faster; see
         :func:`pyreg.jax.dropout`.
 
+    Raises
+    ------
+    ValueError
+        If ``impl`` is out of range; when the layer is called, also if ``rate`` is.
+
     Examples
     --------
     >>> import jax, pyreg.nnx
@@ -125,6 +130,11 @@ class Dropout1d(_ChannelDropout):
     axis : int
         The dim that counts the channels in a batch: 1 for PyTorch's (N, C, L) and (C, L).
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
+
     See Also
     --------
     pyreg.Dropout1d : the same for NumPy.
@@ -152,6 +162,11 @@ class Dropout2d(_ChannelDropout):
     rate, axis, ...
         As for :class:`Dropout1d`.
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
+
     Examples
     --------
     >>> import jax, pyreg.nnx
@@ -174,6 +189,11 @@ class Dropout3d(_ChannelDropout):
     ----------
     rate, axis, ...
         As for :class:`Dropout1d`.
+
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if ``axis`` is no dim of an input, or an input has another number of dims.
 
     Examples
     --------
@@ -211,6 +231,11 @@ class DropPath(_WholeDropout):
     scale_by_keep : bool
         If false, kept samples are not scaled.
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if an input has no dims.
+
     See Also
     --------
     pyreg.DropPath : the same for NumPy.
@@ -241,6 +266,11 @@ class WordDropout(_WholeDropout):
     scale_by_keep : bool
         If false, kept words are not scaled.
 
+    Raises
+    ------
+    ValueError
+        As :class:`Dropout`, or if an input has no dims.
+
     See Also
     --------
     pyreg.WordDropout : the same for NumPy, with references.
@@ -270,6 +300,11 @@ class BatchNorm(nnx.BatchNorm):
         number of elements, also where a mask makes these differ.
     activation : {None, "relu"}
         Applied to the result, in the same sweep.
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is out of range, or an input has another number of channels.
 
     Examples
     --------

@@ -21,7 +21,15 @@ _installed: dict[str, Any] = {}  # the library of kernels while anyone does
 
 
 class Accelerated:
-    """What :func:`accelerate` returns: a context manager, and ``undo()``."""
+    """What :func:`accelerate` returns: a context manager, and ``undo()``.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> handle = pyreg.torch.accelerate()
+    >>> y = torch.nn.functional.dropout(torch.ones(8), 0.5)
+    >>> handle.undo()
+    """
 
     def __init__(self, kinds: list[str]) -> None:
         self._kinds = kinds

@@ -34,6 +34,16 @@ _LEAF = "torch.nn.pyreg"
 class Dropout(_Leaf, nn.Dropout):
     """:class:`torch.nn.Dropout` by :func:`pyreg.torch.dropout`: the same parameters, attributes and state.
 
+    Parameters
+    ----------
+    p, inplace
+        As for torch's class.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1].
+
     Examples
     --------
     >>> import torch, pyreg.torch
@@ -48,7 +58,27 @@ class Dropout(_Leaf, nn.Dropout):
 
 
 class Dropout1d(_Leaf, nn.Dropout1d):
-    """:class:`torch.nn.Dropout1d` by :func:`pyreg.torch.dropout1d`."""
+    """:class:`torch.nn.Dropout1d` by :func:`pyreg.torch.dropout1d`.
+
+    Parameters
+    ----------
+    p, inplace
+        As for torch's class.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1].
+    RuntimeError
+        As torch's class, for an input of a wrong number of dims.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.Dropout1d(0.5)(torch.ones(2, 3, 4))
+    >>> y.flatten(2).std(2, correction=0).max()
+    tensor(0.)
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -57,7 +87,27 @@ class Dropout1d(_Leaf, nn.Dropout1d):
 
 
 class Dropout2d(_Leaf, nn.Dropout2d):
-    """:class:`torch.nn.Dropout2d` by :func:`pyreg.torch.dropout2d`."""
+    """:class:`torch.nn.Dropout2d` by :func:`pyreg.torch.dropout2d`.
+
+    Parameters
+    ----------
+    p, inplace
+        As for torch's class.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1].
+    RuntimeError
+        As torch's class, for an input of a wrong number of dims.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.Dropout2d(0.5)(torch.ones(2, 3, 4, 4))
+    >>> y.flatten(2).std(2, correction=0).max()
+    tensor(0.)
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -66,7 +116,27 @@ class Dropout2d(_Leaf, nn.Dropout2d):
 
 
 class Dropout3d(_Leaf, nn.Dropout3d):
-    """:class:`torch.nn.Dropout3d` by :func:`pyreg.torch.dropout3d`."""
+    """:class:`torch.nn.Dropout3d` by :func:`pyreg.torch.dropout3d`.
+
+    Parameters
+    ----------
+    p, inplace
+        As for torch's class.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is outside [0, 1].
+    RuntimeError
+        As torch's class, for an input of a wrong number of dims.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.Dropout3d(0.5)(torch.ones(2, 3, 4, 4, 4))
+    >>> y.flatten(2).std(2, correction=0).max()
+    tensor(0.)
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -98,6 +168,16 @@ class _BatchNorm(_Leaf, nn.modules.batchnorm._BatchNorm):
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` by :func:`pyreg.torch.batch_norm`: the same parameters, attributes and state.
 
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As for torch's class.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        As torch's class, for an input of a wrong shape.
+
     Examples
     --------
     >>> import torch, pyreg.torch
@@ -111,11 +191,47 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` by :func:`pyreg.torch.batch_norm`."""
+    """:class:`torch.nn.BatchNorm2d` by :func:`pyreg.torch.batch_norm`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As for torch's class.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        As torch's class, for an input of a wrong shape.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.BatchNorm2d(3)(torch.randn(2, 3, 4, 4))
+    >>> bool(y.transpose(0, 1).flatten(1).mean(1).abs().max() < 1e-6)
+    True
+    """
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` by :func:`pyreg.torch.batch_norm`."""
+    """:class:`torch.nn.BatchNorm3d` by :func:`pyreg.torch.batch_norm`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As for torch's class.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        As torch's class, for an input of a wrong shape.
+
+    Examples
+    --------
+    >>> import torch, pyreg.torch
+    >>> y = pyreg.torch.BatchNorm3d(3)(torch.randn(2, 3, 4, 4, 4))
+    >>> bool(y.transpose(0, 1).flatten(1).mean(1).abs().max() < 1e-6)
+    True
+    """
 
 
 # ---- Whole models ----------------------------------------------------------------------------------------------------

@@ -46,6 +46,13 @@ def attention_forward(
     None
         There are no weights to be returned.
 
+    Raises
+    ------
+    ImportError
+        If transformers is not installed.
+    RuntimeError, ValueError
+        As :func:`scaled_dot_product_attention`.
+
     Examples
     --------
     :func:`register_attention` has one.
