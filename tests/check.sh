@@ -172,7 +172,7 @@ dist() { # what is uploaded: the sdist, the wheel made from it, and this wheel b
         return 1
     fi
     fresh oldest-numpy "numpy==1.26.*" "ml_dtypes==0.4.*"
-    fresh oldest-jax "jax==0.9.0" "flax==0.12.0" "ml_dtypes"
+    fresh oldest-jax "jax==0.9.0" "flax==0.12.1" ml_dtypes
     fresh newest numpy jax flax ml_dtypes
 }
 

@@ -375,7 +375,7 @@ def spawned_layers_draw_for_themselves(method):
     with pytest.raises(ValueError, match="n is -1"):
         layer.spawn(-1)
     with pytest.raises(TypeError, match="rng cannot spawn"):
-        pyreg.Dropout(rng=np.random.RandomState(0)).spawn(2)
+        pyreg.Dropout(rng=np.random.Generator(np.random.RandomState(0)._bit_generator)).spawn(2)
 
 
 @pytest.mark.parametrize(
