@@ -102,6 +102,8 @@ def test_a_traced_rate():
         theirs, ours = (jax.jit(drop)(KEY, rate, x) for drop in FUNCTIONS)
         np.testing.assert_array_equal(ours == 0, theirs == 0)
         np.testing.assert_allclose(ours, theirs, rtol=3e-7)
+    rate = jnp.bfloat16(0.4)  # in whose dtype Haiku draws
+    assert_same(*(jax.jit(drop)(KEY, rate, x) for drop in FUNCTIONS))
 
 
 def test_philox_and_errors():
