@@ -106,6 +106,14 @@ def test_a_traced_rate():
     assert_same(*(jax.jit(drop)(KEY, rate, x) for drop in FUNCTIONS))
 
 
+def test_an_array_as_rate_inside_jit():
+    """Which is known there."""
+    x = jnp.asarray(normal((40, 7), np.float32))
+    for rate in (jnp.float32(0.4), jnp.bfloat16(0.4), jnp.float32(0)):
+        theirs, ours = (jax.jit(lambda x: drop(KEY, rate, x))(x) for drop in FUNCTIONS)  # noqa: B023
+        assert_same(positive_zeros(ours), positive_zeros(theirs))
+
+
 def test_philox_and_errors():
     x = jnp.asarray(normal((40, 7), np.float32))
     want = pyreg.jax.dropout(x, 0.3, key=KEY, broadcast_dims=(0,), impl="philox")
