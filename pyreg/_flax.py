@@ -36,7 +36,8 @@ def draws(x: Any, rate: Any, impl: JaxImpl, whose: str = "Flax") -> bool:
 def draws_traced(x: Any, rate: Any, impl: JaxImpl) -> bool:
     """The same of a rate that is known when the program runs; a framework that divides by 1 - rate, and so rounds once,
     then has values within one unit in the last place."""
-    return draws(x, 0.5, impl) and rate.ndim == 0 and bool(jnp.result_type(x, rate) == x.dtype)
+    drawn = impl == "philox" or rate.dtype == jnp.result_type(float)  # whose dtype jax.random.bernoulli draws in
+    return drawn and draws(x, 0.5, impl) and rate.ndim == 0 and bool(jnp.result_type(x, rate) == x.dtype)
 
 
 def as_rate_for(whose: str, rate: Any) -> float:

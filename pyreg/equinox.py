@@ -140,7 +140,7 @@ class BatchNorm(eqx.nn.BatchNorm):
     ) -> tuple[Array, eqx.nn.State]:
         """Batch-norm of ``x`` of shape (channels, ...), as Equinox's: by the batch's statistics, or by the state's."""
         off = self.inference if inference is None else inference
-        if off or not is_supported(x) or x.size == 0 or x.shape[0] != self.input_size:
+        if off or self.axis_name is None or not is_supported(x) or x.size == 0 or x.shape[0] != self.input_size:
             return super().__call__(x, state, key=key, inference=inference)
         affine = (self.weight, self.bias) if self.channelwise_affine else ()
         a = x.astype(jnp.result_type(x, *affine))

@@ -14,6 +14,7 @@ with needs("haiku", "jax", "haiku"):
     import haiku as hk
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from pyreg import _flax
     from pyreg.jax import batch_norm
@@ -76,7 +77,8 @@ def dropout(
     if isinstance(rate, jax.core.Tracer):
         ours = _flax.draws_traced(x, rate, impl)
     else:
-        ours = not (rate < 0 or rate >= 1) and _flax.draws(x, rate, impl, "Haiku")
+        known = np.asarray(rate) if isinstance(rate, jax.Array) else rate  # inside jit JAX's comparisons are traced
+        ours = not (known < 0 or known >= 1) and _flax.draws(x, rate, impl, "Haiku")
     if not ours:
         return hk.dropout(rng, rate, x, broadcast_dims)
     return jax_dropout(x, rate, key=rng, broadcast_dims=tuple(broadcast_dims), impl=impl)

@@ -101,6 +101,16 @@ def test_a_traced_rate():
         theirs, ours = (jax.jit(drop)(KEY, rate, x) for drop in FUNCTIONS)
         np.testing.assert_array_equal(ours == 0, theirs == 0)
         np.testing.assert_allclose(ours, theirs, rtol=3e-7)
+    rate = jnp.bfloat16(0.4)  # in whose dtype Haiku draws
+    assert_same(*(jax.jit(drop)(KEY, rate, x) for drop in FUNCTIONS))
+
+
+def test_an_array_as_rate_inside_jit():
+    """Which is known there."""
+    x = jnp.asarray(normal((40, 7), np.float32))
+    for rate in (jnp.float32(0.4), jnp.bfloat16(0.4), jnp.float32(0)):
+        theirs, ours = (jax.jit(lambda x: drop(KEY, rate, x))(x) for drop in FUNCTIONS)  # noqa: B023
+        assert_same(positive_zeros(ours), positive_zeros(theirs))
 
 
 def test_philox_and_errors():
