@@ -212,7 +212,7 @@ static const char *check_source(const struct source *s, buffer x, struct window 
         return "the window has another shape";
     const int64_t n = w->inner = window->dims[1];
     if (x && x->rank < n) return "x has fewer dims than the window";
-    int64_t first[PYREG_MAX_DIMS], lengths[PYREG_MAX_DIMS];
+    int64_t first[PYREG_MAX_DIMS], lengths[PYREG_MAX_DIMS] = {0}; /* for gcc, which warns */
     for (int64_t d = 0; d < n; d++) {
         if (is_v1) {
             const int32_t *integers = window->data;
