@@ -3,7 +3,7 @@
 # system that is missing is skipped, and says so.
 #
 #   tests/check.sh            lint docs build sanitize
-#   tests/check.sh --all      all steps: these, races memory instructions cpus compilers systems types dist slow
+#   tests/check.sh --all      all steps: these, races memory instructions cpus compilers systems types dist wheel slow
 #   tests/check.sh STEP...    these; links, of the manual to other sites, is in no list, because it wants the network
 #
 # CLANG=clang-19 chooses one of several.
@@ -189,6 +189,27 @@ fresh() { # NAME REQUIREMENT...: the wheel in an environment of its own, with th
     done
 }
 
+wheel() { # for Linux from glibc 2.28 on, by the compiler that is here; it needs nothing but libc, and less than 3 MB
+    out=$PWD/build/wheel
+    rm -rf "$out"
+    mkdir -p "$out/symbols"
+    echo 'int nothing;' | python -m ziglang cc -target "$(uname -m)-linux-gnu.2.28" --verbose -shared -x c - \
+        -lpthread -ldl -lm -o "$out/nothing.so" 2>"$out/zig.txt"
+    for library in c pthread dl m; do
+        file=$(grep -o "[^ ]*/lib$library\.so\.[0-9]*" "$out/zig.txt" | head -n 1)
+        ln -s "$file" "$out/symbols/lib$library.so"
+    done
+    python -m pip -qq --disable-pip-version-check wheel . --no-deps -w "$out" \
+        --config-settings=cmake.define.PYREG_OPENMP=OFF \
+        "--config-settings=cmake.define.CMAKE_MODULE_LINKER_FLAGS=-L$out/symbols"
+    auditwheel repair --plat "manylinux_2_28_$(uname -m)" -w "$out/repaired" "$out"/*.whl
+    auditwheel show "$out"/repaired/*.whl
+    find "$out/repaired" -size +3M | grep . && return 1
+    python -m venv --clear "$out/venv"
+    "$out/venv/bin/python" -m pip -qq --disable-pip-version-check install "$out"/repaired/*.whl
+    "$out/venv/bin/python" -P -m pyreg
+}
+
 slow() { python -m pytest -m slow; }
 
 all=
@@ -196,13 +217,13 @@ case "${1-}" in
     "") set -- lint docs build sanitize ;;
     --all)
         all=yes
-        set -- lint docs build sanitize races memory instructions cpus compilers systems types dist slow
+        set -- lint docs build sanitize races memory instructions cpus compilers systems types dist wheel slow
         ;;
 esac
 for step; do
     case $step in
         lint | docs | build | sanitize | races | memory | instructions | cpus) $step ;;
-        compilers | systems | types | dist | slow | links) $step ;;
+        compilers | systems | types | dist | wheel | slow | links) $step ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
