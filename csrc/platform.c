@@ -4,8 +4,12 @@
 #include <math.h>
 #include <string.h>
 
+#if defined(__linux__) && !defined(PYREG_AS_POSIX)
+#define LINUX
+#endif
+
 #ifdef _WIN32
-/* ---- Windows ------------------------------------------------------------------------------------------------------ */
+/* ---- Windows ----------------------------------------------------------------------------------------------------- */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 
@@ -26,8 +30,6 @@ size_t platform_cache_bytes(void) {
         if (parts[i].Relationship == RelationCache && parts[i].Cache.Size > last) last = parts[i].Cache.Size;
     return last;
 }
-
-double platform_quota(void) { return INFINITY; }
 
 int platform_cpus(void) {
     DWORD_PTR process, system;
@@ -67,23 +69,22 @@ bool thread_start(void *(*run)(void *), const struct cpus *cpus) {
     return thread && CloseHandle(thread);
 }
 
-void sleep_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
-    WaitOnAddress(word, &value, sizeof value, longest_ns ? (DWORD)((longest_ns + 999999) / 1000000) : INFINITE);
+typedef CONDITION_VARIABLE condition_t;
+#define CONDITION_INITIALIZER CONDITION_VARIABLE_INIT
+
+static void condition_wait(condition_t *condition, lock_t *lock, uint64_t longest_ns) {
+    const DWORD ms = longest_ns ? (DWORD)((longest_ns + 999999) / 1000000) : INFINITE;
+    SleepConditionVariableSRW(condition, (SRWLOCK *)lock, ms, 0);
 }
 
-void wake(atomic_uint *word, int threads) {
-    if (threads == 1)
-        WakeByAddressSingle(word);
-    else
-        WakeByAddressAll(word);
-}
+static void condition_wake(condition_t *condition) { WakeAllConditionVariable(condition); }
 
 void at_fork(void (*before)(void), void (*in_parent)(void), void (*in_child)(void)) {
     (void)before, (void)in_parent, (void)in_child;
 }
 
 #else
-/* ---- POSIX -------------------------------------------------------------------------------------------------------- */
+/* ---- POSIX ------------------------------------------------------------------------------------------------------- */
 #include <dlfcn.h>
 #include <limits.h>
 #include <signal.h>
@@ -126,11 +127,10 @@ bool thread_start(void *(*run)(void *), const struct cpus *cpus) {
     pthread_attr_destroy(&detached);
     return started;
 }
-
 #endif
 
-#if defined(__linux__) && !defined(PYREG_AS_POSIX)
-/* ---- Linux -------------------------------------------------------------------------------------------------------- */
+#ifdef LINUX
+/* ---- Linux ------------------------------------------------------------------------------------------------------- */
 #include <linux/futex.h>
 #include <sched.h>
 #include <stdio.h>
@@ -236,26 +236,8 @@ void at_fork(void (*before)(void), void (*in_parent)(void), void (*in_child)(voi
     pthread_atfork(before, in_parent, in_child);
 }
 
-#else
-/* ---- Not Linux ---------------------------------------------------------------------------------------------------- */
-
-/* Threads are not bound to CPUs. */
-void cpus_of_thread(struct cpus *cpus) { memset(cpus, 0, sizeof *cpus); }
-void cpus_of_process(struct cpus *cpus) { memset(cpus, 0, sizeof *cpus); }
-void cpus_set_thread(const struct cpus *cpus) { (void)cpus; }
-void cpus_add(struct cpus *cpus, int cpu) { (void)cpus, (void)cpu; }
-int cpus_count(const struct cpus *cpus) {
-    (void)cpus;
-    return 0;
-}
-bool cpus_equal(const struct cpus *a, const struct cpus *b) {
-    (void)a, (void)b;
-    return true;
-}
-#endif
-
-#if !defined(_WIN32) && (!defined(__linux__) || defined(PYREG_AS_POSIX))
-/* ---- macOS and other POSIX; tests compile it on Linux, too: PYREG_AS_POSIX ---------------------------------------- */
+#elif !defined(_WIN32)
+/* ---- macOS and other POSIX; tests compile it on Linux, too: PYREG_AS_POSIX --------------------------------------- */
 #ifdef __APPLE__
 #include <sys/sysctl.h>
 
@@ -275,45 +257,70 @@ size_t platform_cache_bytes(void) {
 size_t platform_cache_bytes(void) { return 0; }
 #endif
 
+static void set_cpus(pthread_t thread, const struct cpus *cpus) { (void)thread, (void)cpus; }
+
+typedef pthread_cond_t condition_t;
+#define CONDITION_INITIALIZER PTHREAD_COND_INITIALIZER
+
+static void condition_wait(condition_t *condition, lock_t *lock, uint64_t longest_ns) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until); /* the only clock of conditions that macOS has */
+    const uint64_t ns = (uint64_t)until.tv_nsec + longest_ns;
+    until.tv_sec += (time_t)(ns / 1000000000), until.tv_nsec = (long)(ns % 1000000000);
+    if (longest_ns)
+        pthread_cond_timedwait(condition, lock, &until);
+    else
+        pthread_cond_wait(condition, lock);
+}
+
+static void condition_wake(condition_t *condition) { pthread_cond_broadcast(condition); }
+#endif
+
+#ifndef LINUX
+/* ---- Not Linux --------------------------------------------------------------------------------------------------- */
+
 double platform_quota(void) { return INFINITY; }
 
-static void set_cpus(pthread_t thread, const struct cpus *cpus) { (void)thread, (void)cpus; }
+/* Threads are not bound to CPUs. */
+void cpus_of_thread(struct cpus *cpus) { memset(cpus, 0, sizeof *cpus); }
+void cpus_of_process(struct cpus *cpus) { memset(cpus, 0, sizeof *cpus); }
+void cpus_set_thread(const struct cpus *cpus) { (void)cpus; }
+void cpus_add(struct cpus *cpus, int cpu) { (void)cpus, (void)cpu; }
+int cpus_count(const struct cpus *cpus) {
+    (void)cpus;
+    return 0;
+}
+bool cpus_equal(const struct cpus *a, const struct cpus *b) {
+    (void)a, (void)b;
+    return true;
+}
 
 /* Sleepers share a few beds, by the address of their word: who wakes one wakes all in its bed. */
 enum { BEDS = 16 };
-#define FREE_BED {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER}
+#define FREE_BED {LOCK_INITIALIZER, CONDITION_INITIALIZER}
 static struct bed {
-    pthread_mutex_t lock;
-    pthread_cond_t woken;
+    lock_t lock;
+    condition_t woken;
 } beds[BEDS] = {[0 ... BEDS - 1] = FREE_BED};
 
 static struct bed *bed_of(const atomic_uint *word) { return &beds[(uintptr_t)word / 64 % BEDS]; }
 
 void sleep_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
     struct bed *bed = bed_of(word);
-    const bool endless = longest_ns == 0;
-    struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until); /* the only clock of conditions that macOS has */
-    longest_ns += (uint64_t)until.tv_nsec;
-    until.tv_sec += (time_t)(longest_ns / 1000000000), until.tv_nsec = (long)(longest_ns % 1000000000);
-    pthread_mutex_lock(&bed->lock);
-    if (atomic_load(word) != value)
-        ;
-    else if (endless)
-        pthread_cond_wait(&bed->woken, &bed->lock);
-    else
-        pthread_cond_timedwait(&bed->woken, &bed->lock, &until);
-    pthread_mutex_unlock(&bed->lock);
+    lock_take(&bed->lock);
+    if (atomic_load(word) == value) condition_wait(&bed->woken, &bed->lock, longest_ns);
+    lock_give(&bed->lock);
 }
 
 void wake(atomic_uint *word, int threads) {
     (void)threads;
     struct bed *bed = bed_of(word);
-    pthread_mutex_lock(&bed->lock);
-    pthread_cond_broadcast(&bed->woken);
-    pthread_mutex_unlock(&bed->lock);
+    lock_take(&bed->lock);
+    condition_wake(&bed->woken);
+    lock_give(&bed->lock);
 }
 
+#ifndef _WIN32
 static void make_beds(void) {
     for (int b = 0; b < BEDS; b++) beds[b] = (struct bed)FREE_BED;
 }
@@ -322,4 +329,5 @@ void at_fork(void (*before)(void), void (*in_parent)(void), void (*in_child)(voi
     pthread_atfork(NULL, NULL, make_beds); /* in the child nobody sleeps, or holds a lock */
     pthread_atfork(before, in_parent, in_child);
 }
+#endif
 #endif

@@ -1,5 +1,5 @@
-/* The operating system: the only file that knows which one it is.  Linux, macOS, Windows; others that have POSIX get what
- * macOS gets. */
+/* The operating system: the only file that knows which one it is.  Linux, macOS, Windows; others that have POSIX get
+ * what macOS gets. */
 #ifndef PYREG_PLATFORM_H
 #define PYREG_PLATFORM_H
 

@@ -14,8 +14,8 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-/* For what a constant argument makes short, but is long: clang would compile one for all calls, half as fast.  gcc takes
- * the right ones by itself, and is 5 % slower where it is told. */
+/* For what a constant argument makes short, but is long: clang would compile one for all calls, half as fast.  gcc
+ * takes the right ones by itself, and is 5 % slower where it is told. */
 #if defined(__clang__)
 #define INLINE_LONG ALWAYS_INLINE
 #else
