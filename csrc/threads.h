@@ -1,10 +1,5 @@
 /* How many threads a call may have, by the caller, the operating system and OpenMP's settings.  The only file that
-<<<<<<< HEAD
  * knows OpenMP; but for a team or a pool that was asked for, threads are our own, in parallel.c. */
-=======
- * knows OpenMP; but for a team or a pool that was asked for, threads are our own, in parallel.c.  A build without
- * OpenMP has no team. */
->>>>>>> port
 #ifndef PYREG_THREADS_H
 #define PYREG_THREADS_H
 
