@@ -287,7 +287,8 @@ static int64_t set_part(const struct parts *parts, size_t part, const struct sou
         memcpy(mask->key, (const uint32_t *)s->keys->data + 2 * place[1], sizeof mask->key);
     } else {
         mask->num_bytes = (size_t)last_dim(s->bits);
-        mask->bits = (const uint8_t *)s->bits->data + (size_t)place[1] * mask->num_bytes;
+        mask->bits = s->bits->data;
+        if (mask->num_bytes) mask->bits += (size_t)place[1] * mask->num_bytes;
     }
     if (s->numbers) { /* A traced rate may be anything: as in Flax less than 0 keeps all, more than 1 nothing, and NaN */
         const uint32_t *words = (const uint32_t *)s->numbers->data + NUMBERS * place[2];
@@ -348,6 +349,7 @@ static const char *mask_each(buffer bits, const struct source *s) {
     struct parts parts;
     if (!set_parts(&parts, s, bits->rank - 1, bits->dims, strides, true))
         return "the key or the numbers have batch dims that are not those of the bits";
+    if (is_absent(bits)) return NULL;
     struct pyreg_mask mask = {.offset = 0};
     double scale;
     for (size_t part = 0; part < parts.count; part++) {
