@@ -273,10 +273,11 @@ static void bn_sweep_wide(const struct bn_block *b, const struct bn_coefficients
                     row(b, BN_Y, r)[i] = store((acc_t)(floor > y ? floor : y));
                     continue;
                 }
-                const uint8_t *mask = (const uint8_t *)b->of[BN_MASK].at + (ptrdiff_t)r * b->of[BN_MASK].stride + i;
+                const uint8_t *mask = b->of[BN_MASK].at;
+                if (mask) mask += (ptrdiff_t)r * b->of[BN_MASK].stride + (ptrdiff_t)i;
                 const bool counts = !b->relu || load(row(b, BN_Y, r)[i]) > 0;
                 const elem_t g = counts ? row(b, BN_DY, r)[i] : 0;
-                const double through_statistics = b->of[BN_MASK].at && !*mask ? 0 : c->slope[k] * d + c->offset[k];
+                const double through_statistics = mask && !*mask ? 0 : c->slope[k] * d + c->offset[k];
                 if (b->of[BN_DRESIDUAL].at) row(b, BN_DRESIDUAL, r)[i] = g;
                 row(b, BN_DX, r)[i] = store((acc_t)(c->gain[k] * (double)load(g) + through_statistics));
             }
