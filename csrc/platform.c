@@ -226,8 +226,9 @@ static void set_cpus(pthread_t thread, const struct cpus *cpus) {
 }
 
 void sleep_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
-    const struct timespec longest = {(time_t)(longest_ns / 1000000000), (long)(longest_ns % 1000000000)};
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, longest_ns ? &longest : NULL, NULL, 0);
+    /* A timespec as the kernel has it: on 32 bits time_t may be longer. */
+    const long longest[2] = {(long)(longest_ns / 1000000000), (long)(longest_ns % 1000000000)};
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, longest_ns ? longest : NULL, NULL, 0);
 }
 
 void wake(atomic_uint *word, int threads) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0); }
