@@ -201,6 +201,10 @@ wheel() { # for Linux from glibc 2.28 on, by the compiler that is here; it needs
         file=$(grep -o "[^ ]*/lib$library\.so\.[0-9]*" "$out/zig.txt" | head -n 1)
         ln -s "$file" "$out/symbols/lib$library.so"
     done
+    # Some functions are in no shared library of glibc 2.28, but linked into each program, as pthread_atfork is.
+    own=$(grep -o "[^ ]*/libc_nonshared\.a" "$out/zig.txt" | head -n 1)
+    echo "GROUP($(readlink "$out/symbols/libc.so") $own)" >"$out/libc.so"
+    mv "$out/libc.so" "$out/symbols/libc.so"
     python -m pip -qq --disable-pip-version-check wheel . --no-deps -w "$out" \
         --config-settings=cmake.define.PYREG_OPENMP=OFF \
         "--config-settings=cmake.define.CMAKE_MODULE_LINKER_FLAGS=-L$out/symbols"
