@@ -6,6 +6,7 @@ from pathlib import Path
 for name in ("OMP_NUM_THREADS", "PYREG_ISA"):
     os.environ.pop(name, None)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # test processes share the CPUs
 
 # For bench/; in front, ./pyreg would be found, which is not compiled.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

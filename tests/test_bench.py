@@ -174,7 +174,7 @@ def test_report_fills_the_documents(files, tmp_path, capsys):
     assert left == {"compare jax", "train_step", "train_step others", "plot compare-jax", "plot train_step"}
     after = document.read_text()
     assert after != before
-    assert machine.cpu_model() in after
+    assert pyreg.show_config("dicts")["cpu"] in after
     names = [line for line in before.splitlines() if line.startswith("<!--")]
     assert names == [line for line in after.splitlines() if line.startswith("<!--")]
     program.main(["report", "--no-run", "--docs", str(files.parent), "--documents", str(document)])
