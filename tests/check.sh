@@ -52,14 +52,17 @@ build() { # no warnings, and the same results on every instruction set of this m
     fi
 }
 
-sanitize() { # addresses and undefined behaviour
+sanitize() { # addresses and undefined behaviour; on this machine's best instruction set, or with --all on each
+    isas=native
+    [ -n "$all" ] && isas=all
     if has "${clang:-clang}" "clang libomp-dev"; then
-        compile clang-addresses -DCMAKE_C_COMPILER="$clang" -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=ON
+        compile clang-addresses -DCMAKE_C_COMPILER="$clang" -DCMAKE_C_FLAGS=-Werror -DPYREG_SANITIZE=ON \
+            -DPYREG_ISAS=$isas
         run_tests clang-addresses
         [ -z "$all" ] && return
     fi
     if has gcc gcc; then
-        compile gcc-addresses -DCMAKE_C_COMPILER=gcc -DPYREG_SANITIZE=ON
+        compile gcc-addresses -DCMAKE_C_COMPILER=gcc -DPYREG_SANITIZE=ON -DPYREG_ISAS=$isas
         run_tests gcc-addresses
     fi
 }
@@ -76,7 +79,7 @@ memory() { # what is read before it is written
     has valgrind valgrind && has gcc gcc || return 0
     plain
     for isa in baseline x86-64-v3; do # it knows no AVX-512
-        for test in "golden $golden" "races 3" allocation batchnorm dropout; do
+        for test in "golden $golden" "races 3" allocation batchnorm dropout ffi; do
             # shellcheck disable=SC2086 # words of it
             PYREG_ISA=$isa valgrind -q --error-exitcode=9 "build/check/gcc/test_"$test || [ $? = 2 ]
         done
