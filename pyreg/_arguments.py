@@ -454,12 +454,12 @@ _MOST_THREADS = 2**31 - 1
 
 def as_threads(n: int, wanted: str = "") -> int:
     message = f"number of threads is {shown(n)}; wanted an int n from 1 to {_MOST_THREADS}{wanted}"
+    if isinstance(n, bool | np.bool_):
+        raise TypeError(message)
     try:
         number = operator.index(n)
     except TypeError:
         raise TypeError(message) from None
-    if isinstance(n, bool):
-        raise TypeError(message)
     if not 1 <= number <= _MOST_THREADS:
         raise ValueError(message)
     return number

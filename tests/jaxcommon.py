@@ -11,6 +11,8 @@ jax = pytest.importorskip("jax")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages, while they are imported
     nnx = pytest.importorskip("flax.nnx")
+from jax.test_util import check_grads  # noqa: E402, F401
+
 import pyreg.jax  # noqa: E402
 
 NamedSharding, PartitionSpec = jax.sharding.NamedSharding, jax.sharding.PartitionSpec

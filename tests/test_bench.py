@@ -163,6 +163,10 @@ def test_frameworks_of_a_training_step():
         program.main(["train_step", "--framework", "caffe"])
 
 
+needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
+
+
+@needs_jax
 def test_report_fills_the_documents(files, tmp_path, capsys):
     """From the files of the other commands; what is missing stays as it was."""
     document = tmp_path / "performance.md"
@@ -197,6 +201,7 @@ def test_pictures(tmp_path):
     assert sum(p.stat().st_size for p in folder.iterdir()) < 300_000
 
 
+@needs_jax
 def test_report_keeps_the_machines_side_by_side(tmp_path):
     result = json.loads(next((ROOT / "docs" / "performance").glob("*/compare.json")).read_text())
     for cpu in ("First CPU", "Second CPU"):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import reference
 from common import DTYPES, normal, same
-from jax.test_util import check_grads
-from jaxcommon import CHECKPOINTS, EXPORTABLE, jax, nnx
+from jaxcommon import CHECKPOINTS, EXPORTABLE, check_grads, jax, nnx
 from test_batchnorm import F32, F64, TOLERANCE, masked_somewhere, offset_normal, parameters
 
 import pyreg
