@@ -4,16 +4,23 @@ Where OpenMP binds threads to CPUs (OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY
 one of them, and with it all threads that this one starts later: those of JAX, too.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import sys
 import warnings
 from pathlib import Path
 
+_package = Path(__file__).parent
 if importlib.util.find_spec("pyreg._core") is None:
+    if _others := sorted(file.name for file in _package.glob("_core.*") if file.suffix in (".so", ".pyd")):
+        raise ImportError(
+            f"{_package} was compiled for another Python: it has {', '.join(_others)}, and this Python loads "
+            f"_core{importlib.machinery.EXTENSION_SUFFIXES[0]}; install pyreg with this Python's pip"
+        )
     raise ImportError(
-        f"{os.path.dirname(__file__)} is pyreg's source, without its compiled core; start Python in another folder, "
-        "or with -P, to import the installed pyreg"
+        f"{_package} is pyreg's source, without its compiled core; start Python in another folder, or with -P, to "
+        "import the installed pyreg"
     )
 if sys.platform != "linux":  # threads are bound on Linux alone
     _core = importlib.import_module("pyreg._core")
@@ -31,13 +38,13 @@ else:
 
 def _edited_sources() -> list[str]:
     """The sources of the core that are newer than it.  Only an editable installation has them beside its package."""
-    package, core = Path(__file__).parent, Path(str(_core.__file__))
-    if core.parent == package:
+    core = Path(str(_core.__file__))
+    if core.parent == _package:
         return []
     compiled = core.stat().st_mtime
     patterns = ("pyreg/*.pyx", "pyreg/*.pxd", "csrc/**/*.c", "csrc/**/*.h")
     return [
-        str(file) for pattern in patterns for file in package.parent.glob(pattern) if file.stat().st_mtime > compiled
+        str(file) for pattern in patterns for file in _package.parent.glob(pattern) if file.stat().st_mtime > compiled
     ]
 
 

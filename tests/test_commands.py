@@ -113,3 +113,20 @@ def test_an_old_core_is_not_silent(tmp_path, monkeypatch):
     assert sorted(_load._edited_sources()) == sorted(map(str, sources[:3]))
     monkeypatch.setattr(_load._core, "__file__", str(tmp_path / "pyreg" / "_core.so"))  # an ordinary installation
     assert _load._edited_sources() == []
+
+
+def test_a_core_for_another_python_is_no_source(tmp_path):
+    package = tmp_path / "pyreg"
+    package.mkdir()
+    for name in "__init__.py", "_load.py":
+        (package / name).write_bytes((Path(pyreg.__file__).parent / name).read_bytes())
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport pyreg"
+    for core, message in (
+        ("", "pyreg's source"),
+        ("_core.cpython-30-nowhere.so", "compiled for another Python: it has _core"),
+    ):
+        if core:
+            (package / core).touch()
+        done = subprocess.run([sys.executable, "-S", "-P", "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert message in done.stderr

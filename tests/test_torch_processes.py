@@ -360,3 +360,16 @@ for _ in range(5):
 print(len(os.listdir("/proc/self/task")) - before)
 """
     assert int(python(code)) <= 0  # torch itself may end some
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc/self/maps")
+def test_import_where_a_mapped_file_has_no_name_in_utf8(tmp_path):
+    file = os.fsencode(tmp_path) + b"/\xff"
+    code = f"""
+import mmap
+with open({file!r}, "rb") as f, mmap.mmap(f.fileno(), 1, prot=mmap.PROT_READ):
+    import pyreg.torch
+"""
+    with open(file, "wb") as f:
+        f.write(b"x")
+    python(code)

@@ -1,5 +1,6 @@
 """Whose threads help in calls from torch."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ def openmp_libraries() -> Iterator[str]:
         if is_one(file.name):
             yield str(file)
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())  # names of files are bytes
     except OSError:
         return
     files = {line[line.index("/") :] for line in maps.splitlines() if "/" in line}
