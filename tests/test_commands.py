@@ -105,7 +105,7 @@ def test_an_old_core_is_not_silent(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (1000, 1000))
-    monkeypatch.setattr(_load, "__file__", str(tmp_path / "pyreg" / "_load.py"))
+    monkeypatch.setattr(_load, "_package", tmp_path / "pyreg")
     monkeypatch.setattr(_load._core, "__file__", str(core))
     assert _load._edited_sources() == []
     for path in sources:
