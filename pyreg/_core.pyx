@@ -4,6 +4,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cimport numpy as cnp
+from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
 
@@ -51,7 +52,7 @@ cdef int use_asked_threads() except -1:
     """Tells C what holds in this thread or task; at the start of each call."""
     cdef tuple numbers
     if ever_asked:
-        numbers = asked.get()
+        numbers = get_value(asked)
         pyreg_use_threads(numbers[0][0] if numbers else 0)
     return 0
 
