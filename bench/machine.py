@@ -5,10 +5,10 @@ import os
 import platform
 import re
 import time
-from importlib import metadata
 from pathlib import Path
 
 import pyreg
+from pyreg import _config
 
 PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "flax", "equinox", "dm-haiku", "keras", "onednn-cpu-gomp")
 BUSY = 0.15  # CPUs that other processes may use before the figures are doubtful
@@ -45,13 +45,6 @@ def nodes():
     return len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
 
 
-def version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def busy_cpus(seconds=0.3):
     """How many CPUs were busy during this time, with any process."""
 
@@ -85,7 +78,7 @@ def describe():
         "kernel": platform.release(),
         "python": platform.python_version(),
         "pyreg": pyreg.__version__,
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": _config.versions(PACKAGES),
         "date": datetime.datetime.now().isoformat(" ", "minutes"),
         "busy CPUs at the start": round(busy_cpus(), 2),
     }

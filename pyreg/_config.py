@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,10 +18,10 @@ __all__ = ["show_config"]
 PACKAGES = ("numpy", "ml_dtypes", "jax", "jaxlib", "flax", "equinox", "dm-haiku", "keras", "torch")
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of those packages that are installed; importing them would take seconds."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -76,7 +77,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "packages": _versions(),
+        "packages": versions(PACKAGES),
     }
     if mode == "dicts":
         return config
