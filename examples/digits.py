@@ -1,7 +1,7 @@
 """A network of two hidden layers learns handwritten digits from partly wrong labels: plain, with dropout, with
 batch-norm, and with both.
 
-    python examples/digits.py [--seeds 2] [--epochs 30] [--rate 0.5] [--plot digits.png]
+    python examples/digits.py [--seeds 2] [--epochs 20] [--rate 0.5] [--plot digits.png]
 
 The data are scikit-learn's 1,797 images of 8 x 8 pixels.  There are 1,000 for training, and 40 % of their labels are
 replaced by random ones; the rest, labelled correctly, are for testing.  A network that is trained long enough learns
@@ -200,7 +200,7 @@ def time_in_turns(calls: dict, rounds: int, after_round=lambda: None) -> dict[st
     return {name: np.array(s[1:]) for name, s in seconds.items()}  # the first round warms up
 
 
-def time_training(rate: float, rounds: int = 100) -> None:
+def time_training(rate: float, rounds: int = 50) -> None:
     """Time of a training step of the network above, before pyreg and after, and the memory of its masks."""
     x, y, _, _ = load_data(0)
 
@@ -294,7 +294,7 @@ def probability(text: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=at_least_1, default=2)
-    parser.add_argument("--epochs", type=at_least_1, default=30)
+    parser.add_argument("--epochs", type=at_least_1, default=20)
     parser.add_argument("--rate", type=probability, default=0.5, help="probability of dropping")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the learning curves; wants Matplotlib")
     args = parser.parse_args()

@@ -82,21 +82,22 @@ static ALWAYS_INLINE const void *padded(void *to, const void *from, size_t bytes
     return from ? memcpy(to, from, bytes) : NULL;
 }
 
-/* n < LANES32 elements from j on. */
-static ALWAYS_INLINE void sweep_few(const struct lane_coefficients *c, const struct sweep *s, size_t j, size_t n,
-                                    elem_t *out, elem_t *dresidual) {
+/* n < LANES32 elements from j on.  Not inlined: the copies for each loop were a tenth of all that is compiled.  By value:
+ * a variable that has been pointed to would stay in memory, in the loops, too. */
+static NOINLINE void sweep_few(struct lane_coefficients c, struct sweep s, size_t j, size_t n, elem_t *out,
+                               elem_t *dresidual) {
     const size_t bytes = n * sizeof(elem_t);
     elem_t x[LANES32] = {0}, residual[LANES32] = {0}, dy[LANES32] = {0}, relu_y[LANES32] = {0}, y[LANES32], g[LANES32];
     uint8_t mask[LANES32] = {0};
     const struct sweep few = {
-        .x = padded(x, s->x + j, bytes),
-        .residual = padded(residual, at_or_null(s->residual, j), bytes),
-        .dy = padded(dy, at_or_null(s->dy, j), bytes),
-        .relu_y = padded(relu_y, at_or_null(s->relu_y, j), bytes),
-        .mask = padded(mask, s->mask ? s->mask + j : NULL, n),
-        .floor = s->floor,
+        .x = padded(x, s.x + j, bytes),
+        .residual = padded(residual, at_or_null(s.residual, j), bytes),
+        .dy = padded(dy, at_or_null(s.dy, j), bytes),
+        .relu_y = padded(relu_y, at_or_null(s.relu_y, j), bytes),
+        .mask = padded(mask, s.mask ? s.mask + j : NULL, n),
+        .floor = s.floor,
     };
-    const struct lane_results r = sweep_lanes(c, &few, 0, NEIGHBOURS);
+    const struct lane_results r = sweep_lanes(&c, &few, 0, NEIGHBOURS);
     store_results(&r, y, dresidual ? g : NULL, 0);
     memcpy(out, y, bytes);
     if (dresidual) memcpy(dresidual, g, bytes);
@@ -108,7 +109,7 @@ static ALWAYS_INLINE void sweep_run(const struct coefficients *restrict c, const
     if (n == 0) return;
     struct lane_coefficients v = lanes_of(c, k, channel_line);
     if (n < LANES32) {
-        sweep_few(&v, s, j, n, out, dresidual);
+        sweep_few(v, *s, j, n, out, dresidual);
         return;
     }
     /* The last vector overlaps the one before, and is read first: what it reads may be overwritten by then. */

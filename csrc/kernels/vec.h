@@ -13,6 +13,7 @@
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 /* For what a constant argument makes short, but is long: clang would compile one for all calls, half as fast.  gcc
  * takes the right ones by itself, and is 5 % slower where it is told. */
