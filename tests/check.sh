@@ -219,7 +219,10 @@ wheel() { # for Linux from glibc 2.28 on, by the compiler that is here; it needs
     "$out/venv/bin/python" -P -m pyreg
 }
 
-slow() { python -m pytest -m slow; }
+slow() { # and all tests with XLA as users have it, which the tests make compile more quickly
+    python -m pytest -m slow
+    PYREG_TESTS_XLA=default python -m pytest -n auto --maxprocesses 4 --dist worksteal
+}
 
 all=
 case "${1-}" in

@@ -70,6 +70,14 @@ def python(code, *, timeout=60, warnings="error", **environ):
     return done.stdout.strip()
 
 
+FUSION = "xla_cpu_use_fusion_emitters"  # a flag of XLA
+
+
+def xla_flags(devices):
+    """XLA_FLAGS of a process that has so many devices, which are parts of the CPU."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+
+
 def example(name):
     """A program of examples/ as a module."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")

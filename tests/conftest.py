@@ -1,5 +1,7 @@
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # What a test asks for is what it gets: no thread limits from outside.
@@ -12,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # test processes share the 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import pytest
-from common import ISAS
+from common import FUSION, ISAS
 from hypothesis import settings
 
 import pyreg
@@ -20,6 +22,26 @@ from pyreg import _core
 
 settings.register_profile("pyreg", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("pyreg")
+
+
+def compile_quickly():
+    """XLA compiles thousands of small programs for the tests: do so without much optimisation, and equal ones once.
+
+    What differs is the machine code of a fused loop.  PYREG_TESTS_XLA=default leaves XLA as users have it."""
+    folder = tempfile.TemporaryDirectory(prefix="pyreg-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --{FUSION}=false"
+    starts = [sys.executable, "-c", "import jax; jax.devices()"]
+    if not subprocess.run(starts, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True).returncode:
+        os.environ["XLA_FLAGS"] = flags  # which this XLA knows: it stops at unknown ones
+    return folder
+
+
+if os.environ.get("PYREG_TESTS_XLA") != "default" and "PYTEST_XDIST_WORKER" not in os.environ:  # else inherited
+    cache = compile_quickly()  # until the process ends
 
 
 @pytest.fixture(params=ISAS)
@@ -67,18 +89,6 @@ def x64(request):
     jax.config.update("jax_enable_x64", request.param)
     yield request.param
     jax.config.update("jax_enable_x64", False)
-
-
-def quick():
-    """XLA does without most optimisations while the test runs: threefry takes a second to compile with them."""
-    jax = pytest.importorskip("jax")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-quick_compilation = pytest.fixture(quick, name="quick_compilation")
-quick_compilation_of_module = pytest.fixture(quick, name="quick_compilation_of_module", scope="module")  # hypothesis's
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out

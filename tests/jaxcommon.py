@@ -1,11 +1,12 @@
 """Names that the tests of pyreg.jax share.  Tests that import it are skipped where JAX or Flax is missing."""
 
 import itertools
+import os
 import warnings
 
 import numpy as np
 import pytest
-from common import bits, python
+from common import FUSION, bits, python, xla_flags
 
 jax = pytest.importorskip("jax")
 with warnings.catch_warnings():
@@ -33,6 +34,12 @@ INPUTS = {  # that dropout of each framework takes or refuses in its own way
     "empty": jax.numpy.ones((4, 0, 5)),
     "number": 1.0,
 }
+
+
+# Compiler options with which XLA fuses loops as it does for users, and does not optimise what is in them.
+FUSED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if f"--{FUSION}=false" in os.environ.get("XLA_FLAGS", ""):  # by conftest.py, where XLA knows that
+    FUSED[FUSION] = True
 
 
 def has_key_impl(name):
@@ -108,8 +115,7 @@ warnings.simplefilter("error")
 for name in {names}:
     CASES[name]()
 """
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    python(code, warnings="ignore", timeout=300, XLA_FLAGS=flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    python(code, warnings="ignore", timeout=300, XLA_FLAGS=xla_flags(devices))
 
 
 def outcome(f, *args):

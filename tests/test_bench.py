@@ -124,7 +124,7 @@ def test_command(files, name):
     assert all("<svg" in (files / p).read_text() for p in plots)
 
 
-def test_jax_commands(quick_compilation, tmp_path, capsys):
+def test_jax_commands(tmp_path, capsys):
     pytest.importorskip("flax")
     for name, (command, *arguments) in JAX_RUNS.items():
         run(command, arguments, tmp_path / name)
@@ -145,7 +145,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("linen", "haiku"
 
 
 @pytest.mark.parametrize("framework", ["equinox", *SLOW])
-def test_training_steps_of_other_frameworks(quick_compilation, tmp_path, capsys, framework):
+def test_training_steps_of_other_frameworks(tmp_path, capsys, framework):
     pytest.importorskip("flax")
     if framework != "linen" and importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")

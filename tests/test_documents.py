@@ -56,9 +56,7 @@ def run_blocks(page):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=lambda page: page.name)
-def test_python_blocks_run(page, threads, request):
-    if find_spec("jax"):
-        request.getfixturevalue("quick_compilation")
+def test_python_blocks_run(page, threads):
     _, left_out = run_blocks(page)
     if left_out:
         pytest.skip(f"{left_out} blocks want a framework that is not installed")

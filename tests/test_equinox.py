@@ -18,7 +18,6 @@ with warnings.catch_warnings():
 import pyreg.equinox
 import pyreg.jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 jnp = jax.numpy
 KEY = jax.random.key(3)
 HALF = 0.5  # whose scale is exact, so that it is the same where XLA divides, as it does outside jit

@@ -17,7 +17,6 @@ with warnings.catch_warnings():
 import pyreg.haiku
 import pyreg.jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 jnp = jax.numpy
 KEY = jax.random.key(3)
 FUNCTIONS = (hk.dropout, pyreg.haiku.dropout)

@@ -53,7 +53,7 @@ rates = st.one_of(st.sampled_from([0.1, 0.5, 1 / 3, 0.9, 1e-4, 1e-9, 1 - 1e-6]),
 shapes = st.sampled_from([(), (1,), (7,), (0, 3), (3, 5), (257,), (2, 3, 5)])  # few: JAX compiles for each
 
 
-def test_bernoulli(x64, quick_compilation):
+def test_bernoulli(x64):
     jax = pytest.importorskip("jax")
 
     @given(seed=seeds, rate=rates, shape=shapes)
@@ -67,7 +67,7 @@ def test_bernoulli(x64, quick_compilation):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_flax(x64, quick_compilation, dtype):
+def test_flax(x64, dtype):
     from jaxcommon import eager_flax_dropout, jax  # skips where JAX or Flax is missing
 
     if dtype == "float64" and not x64:

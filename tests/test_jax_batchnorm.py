@@ -336,12 +336,12 @@ LOWERINGS = [
 @pytest.mark.few_by_jax(kind=["all"])
 @pytest.mark.parametrize("name", LOWERINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_program(jax_backend, wide, quick_compilation, kind, name):
+def test_program(jax_backend, wide, kind, name):
     assert_close(run(name, KINDS[kind](batch_norm)), expected(kind, name))
 
 
 @pytest.mark.parametrize("name", [name for name in (*OUTSIDE, *PROGRAMS) if name not in LOWERINGS])
-def test_rule(wide, quick_compilation, name):
+def test_rule(wide, name):
     assert_close(run(name, KINDS["all"](batch_norm)), expected("all", name))
 
 
@@ -355,7 +355,7 @@ def test_backend(jax_backend):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "all"])
-def test_finite_differences(jax_backend, wide, quick_compilation, kind):
+def test_finite_differences(jax_backend, wide, kind):
     args = operands()
     f = jax.jit(of_smooth(KINDS[kind](functools.partial(batch_norm)), args))
     check_grads(f, args[:4], order=2, modes=("fwd", "rev"), rtol=1e-4)
@@ -363,7 +363,7 @@ def test_finite_differences(jax_backend, wide, quick_compilation, kind):
 
 @pytest.mark.few_by_jax(kind=["all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_export(jax_backend, wide, quick_compilation, kind):
+def test_export(jax_backend, wide, kind):
     if jax_backend == "callback":
         pytest.skip("JAX does not export callbacks")
     x, scale, bias, residual, _ = operands()
@@ -402,7 +402,7 @@ CASES = [  # shape, axis, options
 @pytest.mark.few_by_jax(dtype=[DTYPES[0], DTYPES[3]])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "axis", "options"), CASES, ids=str)
-def test_values(jax_backend, quick_compilation, dtype, shape, axis, options):
+def test_values(jax_backend, dtype, shape, axis, options):
     """Values and exact cotangents are those of the reference; a kernel gives values the bits of the NumPy function."""
     x, residual, dy = (normal(shape, dtype, seed) * dtype.type(2) + dtype.type(seed) for seed in (1, 2, 0))
     scale, bias = parameters(shape[axis], dtype)
@@ -463,7 +463,7 @@ def test_any_ratio_of_mean_to_deviation(jax_backend, ratio, shape, axis):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inference(wide, quick_compilation, dtype):
+def test_inference(wide, dtype):
     x, residual = (normal((6, 4, 5), dtype, seed) for seed in range(2))
     mean, scale, bias = normal((3, 4), F64 if dtype == F64 else F32)
     var, options = scale**2 + 1, {"axis": 1, "activation": "relu", "residual": residual, "epsilon": 1e-3}
@@ -563,7 +563,7 @@ DERIVATIVES = {
 
 @pytest.mark.few_by_jax(name=["values", "grad", "grad of grad"])
 @pytest.mark.parametrize("name", DERIVATIVES)
-def test_axis_name(jax_backend, wide, quick_compilation, name):
+def test_axis_name(jax_backend, wide, name):
     args = unequal_parts()
     got, want = (
         jax.jit(functools.partial(DERIVATIVES[name], op))(*args) for op in (in_parts(batch_norm), whole(formula))
@@ -571,7 +571,7 @@ def test_axis_name(jax_backend, wide, quick_compilation, name):
     assert_close(got, want, 1e-10)
 
 
-def test_two_axis_names(wide, quick_compilation):
+def test_two_axis_names(wide):
     x = normal((2, 3, 4, 5), F64)
     f = jax.vmap(jax.vmap(lambda x: batch_norm(x, axis_name=("i", "j")), axis_name="j"), axis_name="i")
     y, mean, var = jax.jit(f)(x)
@@ -580,7 +580,7 @@ def test_two_axis_names(wide, quick_compilation):
     assert_close((mean, var), tuple(jnp.broadcast_to(a, (2, 3, 5)) for a in (want_mean, want_var)))
 
 
-def test_axis_name_as_flax(quick_compilation):
+def test_axis_name_as_flax():
     """With masks of one count Flax's mean of the parts' means is right, too."""
     x, (scale, bias) = normal((4, 6, 5), F32), parameters(5, F32)
 
@@ -596,7 +596,7 @@ def test_axis_name_as_flax(quick_compilation):
 # ---- Edges -----------------------------------------------------------------------------------------------------------
 
 
-def test_channels_without_elements(jax_backend, quick_compilation):
+def test_channels_without_elements(jax_backend):
     """NaN, in that channel alone."""
     x, mask = jnp.asarray(normal((6, 4), F32)), np.ones((6, 4), bool)
     mask[:, 2] = False
@@ -610,7 +610,7 @@ def test_channels_without_elements(jax_backend, quick_compilation):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_not_finite(jax_backend, quick_compilation, value):
+def test_not_finite(jax_backend, value):
     x = jnp.asarray(normal((6, 4), F32)).at[2, 1].set(value)
     others = np.array([0, 2, 3])
     for a, b in zip(batch_norm(x), batch_norm(x[:, others]), strict=True):
@@ -621,7 +621,7 @@ def test_not_finite(jax_backend, quick_compilation, value):
 
 
 @pytest.mark.parametrize("shape", [(0,), (5, 0), (0, 0), (2, 0, 3)], ids=str)
-def test_no_channels(jax_backend, quick_compilation, shape):
+def test_no_channels(jax_backend, shape):
     axis = shape.index(0) if shape != (0, 0) else 1
     x = jnp.zeros(shape)
     f = jax.jit(functools.partial(batch_norm, axis=axis))

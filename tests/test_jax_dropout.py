@@ -226,12 +226,12 @@ MASKS += [name for name in PROGRAMS if name.startswith("vmap")]
     + [("philox", name) for name in MASKS]
     + [("broadcast", name) for name in ("eager", "grad", "vmap of both", "vmap of grad by keys")],
 )
-def test_program(jax_backend, quick_compilation, kind, name):
+def test_program(jax_backend, kind, name):
     assert_same(PROGRAMS[name](KINDS[kind][0], integers((4, 6)), jax.random.key(3)), expected(kind, name))
 
 
 @pytest.mark.parametrize("kind", ["auto", "philox"])
-def test_export(jax_backend, quick_compilation, kind):
+def test_export(jax_backend, kind):
     if jax_backend == "callback":
         pytest.skip("JAX does not export callbacks")
     d, same_as = KINDS[kind]
@@ -254,7 +254,7 @@ def test_backend(jax_backend):
 
 
 @pytest.mark.parametrize("impl", ["auto", "philox"])
-def test_a_threefry_mask_is_drawn_once_for_both_passes(jax_backend, quick_compilation, impl):
+def test_a_threefry_mask_is_drawn_once_for_both_passes(jax_backend, impl):
     def calls(f):
         text = jax.jit(f).lower(integers((4, 6)), jax.random.key(0)).compile().as_text()
         return [text.count(f'"pyreg_dropout{name}_v2"') for name in ("", "_mask", "_packed")]
@@ -303,7 +303,7 @@ def value_and_vjp(d):
 
 
 @pytest.mark.parametrize("how", ["eager", "jit"])
-def test_flax(x64, quick_compilation, how):
+def test_flax(x64, how):
     """The values and gradients of Flax's Dropout, whatever the arguments."""
     transform, flax = (jax.jit, flax_dropout) if how == "jit" else (lambda f: f, eager_flax_dropout)
 
@@ -327,7 +327,7 @@ def test_flax(x64, quick_compilation, how):
 
 @pytest.mark.few_by_jax(shape=[(), (0, 3), (1, 1, 1)])
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (1, 1, 1)], ids=str)
-def test_smallest(jax_backend, quick_compilation, shape):
+def test_smallest(jax_backend, shape):
     x = jnp.asarray(normal(shape, np.float32))
     ops = [jax.jit(value_and_vjp(d)) for d in (dropout(0.5), flax_dropout(0.5), dropout(0.5, (), "philox"))]
     for seed in range(6):  # some keep an element, some drop it
@@ -339,7 +339,7 @@ def test_smallest(jax_backend, quick_compilation, shape):
 
 @pytest.mark.few_by_jax(dtype=["float32", "float16"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_special_values(jax_backend, quick_compilation, dtype):
+def test_special_values(jax_backend, dtype):
     """Dropped ones become +0, whatever they were; the others overflow, or not, as in Flax."""
     dtype, key = as_dtype(dtype), jax.random.key(1)
     info = ml_dtypes.finfo(dtype)
@@ -349,7 +349,7 @@ def test_special_values(jax_backend, quick_compilation, dtype):
             assert_same(jax.jit(d)(x, key), jax.jit(same_as)(x, key))
 
 
-def test_draws_next_to_the_threshold(x64, jax_backend, quick_compilation):
+def test_draws_next_to_the_threshold(x64, jax_backend):
     """Random masks hardly ever meet it: one draw in 2**23, or 2**52."""
     key, x, digits = jax.random.key(3), jnp.ones(64), 52 if x64 else 23
     draws = jax.random.bits(key, x.shape, "uint64" if x64 else "uint32")
@@ -379,14 +379,14 @@ RBG = ["eager", "jit of grad", "vmap of keys", "vmap of x", "vmap of both", "sca
 @pytest.mark.parametrize(
     ("impl", "name"), [(impl, name) for impl in KEY_IMPLS[1:] for name in (RBG if impl == "rbg" else RBG[1:3])]
 )
-def test_key_implementations(quick_compilation, impl, name):
+def test_key_implementations(impl, name):
     x, key = integers((4, 6)), jax.random.key(9, impl=impl)
     got, want = (PROGRAMS[name](d(RATE), x, key) for d in (dropout, flax_dropout))
     assert_same(got, want)
 
 
 @pytest.mark.parametrize("impl", KEY_IMPLS)
-def test_raw_keys(quick_compilation, impl):
+def test_raw_keys(impl):
     x = integers((4, 6))
     with jax.default_prng_impl(impl):
         key, raw = jax.random.key(9), jax.random.PRNGKey(9)
@@ -402,7 +402,7 @@ def test_raw_keys(quick_compilation, impl):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_philox_is_the_numpy_function(jax_backend, quick_compilation, dtype):
+def test_philox_is_the_numpy_function(jax_backend, dtype):
     cases = [
         (0.1, (3, 5, 7), ()),
         (1 / 3, (3, 5, 7), (0, -1)),
@@ -430,7 +430,7 @@ def test_philox_with_other_keys(impl):
 
 @pytest.mark.few_by_jax(rate=list(GOLDEN)[:2])
 @pytest.mark.parametrize("rate", GOLDEN)
-def test_golden_masks_of_philox_v1(jax_backend, quick_compilation, rate):
+def test_golden_masks_of_philox_v1(jax_backend, rate):
     y = dropout(rate, (), "philox")(np.ones(100_000, np.float32), np.array(divmod(KEY, 2**32), np.uint32))
     assert hashlib.sha256(np.packbits(np.asarray(y) != 0, bitorder="little").tobytes()).hexdigest() == GOLDEN[rate]
 
@@ -631,7 +631,7 @@ def test_nan_checks():
 
 
 @pytest.mark.parametrize("impl", ["auto", "philox"])
-def test_strict_options(jax_backend, quick_compilation, impl):
+def test_strict_options(jax_backend, impl):
     """JAX promotes neither ranks nor dtypes."""
     x, key = jnp.ones((4, 6)), jax.random.key(0)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

@@ -53,7 +53,10 @@ def run(name, operands, results, attributes):
     return True
 
 def wrong_types(t):
-    \"\"\"Other shapes of the same dtype, and other dtypes.\"\"\"
+    \"\"\"Other shapes of the same dtype, and other dtypes; a third of them for handlers that old files ask for.\"\"\"
+    return itertools.islice(all_wrong_types(t), None, None, 3 if name.endswith("v1") else 1)
+
+def all_wrong_types(t):
     shape, dtype = t.shape, np.dtype(t.dtype)
     for other in {(), (1,), (1 << 20,), (*shape, 1), (1, *shape), shape[:-1], (*shape[:-1], shape[-1] + 1),
                   (*shape[:-1], shape[-1] - 1), (*shape[:-1], 1 << 20), (2, *shape), (1,) * 62, (0, *shape)}:
@@ -102,7 +105,7 @@ for _ in range(60):
 
 
 def test_calls_that_do_not_fit():
-    lines = python(PROGRAM, warnings="ignore", timeout=300).splitlines()
+    lines = python(PROGRAM, warnings="ignore", timeout=300, JAX_ENABLE_COMPILATION_CACHE="0").splitlines()
     counts = [line.split()[1:] for line in lines if line.startswith("counts")]
     assert [line for line in lines if not line.startswith("counts")] == []
     assert len(counts) == 10

@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from common import in_threads, same
+from common import in_threads, same, xla_flags
 
 jax = pytest.importorskip("jax")
 jnp, random = jax.numpy, jax.random
@@ -126,7 +126,7 @@ def test_sharded():
                 assert (draw(spec) == want).all(), spec
             assert (draw_shards() == shards).all()
         """,
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS=xla_flags(4),
     )
 
 

@@ -32,7 +32,7 @@ def x_of(dtype=np.float32, n=3000):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_as_with_the_number(jax_backend, quick_compilation, impl, dtype):
+def test_as_with_the_number(jax_backend, impl, dtype):
     x = x_of(dtype)
     f = jax.jit(lambda x, rate: dropout(x, rate, key=KEY, impl=impl))
     for rate in RATES:
@@ -41,7 +41,7 @@ def test_as_with_the_number(jax_backend, quick_compilation, impl, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_as_with_the_number_in_float64(x64, quick_compilation, impl):
+def test_as_with_the_number_in_float64(x64, impl):
     x = x_of(np.float64 if x64 else np.float32)
     f = jax.jit(lambda x, rate: dropout(x, rate, key=KEY, impl=impl))
     for rate in (0.1, 1 / 3, 1 - 2**-53, 2.0**-60, 1e-300):
@@ -51,7 +51,7 @@ def test_as_with_the_number_in_float64(x64, quick_compilation, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_out_of_range(jax_backend, quick_compilation, impl):
+def test_out_of_range(jax_backend, impl):
     """As Flax's formula: kept where a uniform number is below 1 - rate, and divided by that."""
     x = x_of(n=100)
     f = jax.jit(lambda x, rate: dropout(x, rate, key=KEY, impl=impl))
@@ -78,7 +78,7 @@ def test_scale_is_the_kernels():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_vmap(jax_backend, quick_compilation, impl):
+def test_vmap(jax_backend, impl):
     x, rates, keys = x_of(n=600), jnp.asarray(RATES[:4]), jax.random.split(KEY, 4)
     drop = functools.partial(dropout, impl=impl)
     one = [drop(x, float(r), key=KEY) for r in rates]
@@ -90,7 +90,7 @@ def test_vmap(jax_backend, quick_compilation, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_schedule(jax_backend, quick_compilation, impl):
+def test_schedule(jax_backend, impl):
     """In a scan, and gradients there."""
     x, rates = x_of(n=600), jnp.asarray(RATES[3:7])
 
@@ -101,7 +101,7 @@ def test_schedule(jax_backend, quick_compilation, impl):
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x, rates), want, rtol=1e-6)
 
 
-def test_derivative_by_the_rate(quick_compilation):
+def test_derivative_by_the_rate():
     """That of x / (1 - rate) where it is kept; other elements do not depend on the rate."""
     x = x_of(n=600)
 

@@ -27,10 +27,8 @@ import pyreg.keras
 
 jnp = jax.numpy
 layers = keras.layers
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's variables, in NumPy 2
-]
+# Of Keras's variables, in NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 NAMES = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "BatchNormalization"]
 
 

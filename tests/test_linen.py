@@ -219,7 +219,7 @@ class Own(linen.Module):
 
 
 @pytest.mark.parametrize("impl", ["auto", "philox"])
-def test_accelerate(quick_compilation, impl):
+def test_accelerate(impl):
     x, model = jnp.asarray(normal((3, 5, 8), np.float32)), Own()
     variables = model.init(RNGS, x)
 
@@ -319,7 +319,7 @@ def derivative(model, params, x, rngs):
 
 @settings(max_examples=8)
 @given(models, st.integers(0, 9))
-def test_random_models(quick_compilation_of_module, spec, seed):
+def test_random_models(spec, seed):
     theirs, ours = Model(spec), Model(spec, "pyreg")
     x = jnp.asarray(normal((3, WIDTH), np.float32, seed))
     params = theirs.init(RNGS, x)
@@ -398,7 +398,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_program(quick_compilation, name):
+def test_program(name):
     x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (4, 6)).astype(np.float32))
     assert_same(PROGRAMS[name]("pyreg", x), PROGRAMS[name]("flax", x))
 
@@ -470,7 +470,7 @@ ATTENTION = {  # options, and how the operands look
 
 @pytest.mark.parametrize("broadcast", [True, False])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention(quick_compilation, name, broadcast):
+def test_attention(name, broadcast):
     options, shape = ATTENTION[name]
     options = {**options, "dropout_rng": jax.random.key(3), "broadcast_dropout": broadcast}
     rate = 0.1 if broadcast else 0.3
@@ -478,7 +478,7 @@ def test_attention(quick_compilation, name, broadcast):
 
 
 @pytest.mark.parametrize("name", ["plain", "wide softmax, bfloat16"])
-def test_gradient_of_attention(quick_compilation, name):
+def test_gradient_of_attention(name):
     options, shape = ATTENTION[name]
     options = {**options, "dropout_rng": jax.random.key(3), "dropout_rate": 0.3, "broadcast_dropout": False}
 
@@ -500,7 +500,7 @@ def test_gradient_of_attention(quick_compilation, name):
     ],
     ids=lambda o: ", ".join(o),
 )
-def test_attention_layer(quick_compilation, options):
+def test_attention_layer(options):
     x = jnp.asarray(normal((3, 5, 4), np.float32))
 
     def run(family):
@@ -535,12 +535,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_attention_complains_as_flax_does(quick_compilation, name):
+def test_attention_complains_as_flax_does(name):
     assert_alike_or_wrong(lambda family: WRONG[name](family.dot_product_attention))
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
-def test_attention_with_philox(quick_compilation, broadcast):
+def test_attention_with_philox(broadcast):
     rate, key = 0.3, jax.random.key(5)
     y = pyreg.linen.dot_product_attention(
         Q, K, V, dropout_rng=key, dropout_rate=rate, broadcast_dropout=broadcast, impl="philox"
@@ -581,7 +581,7 @@ OPTIONS = {
     [(name, "") for name in OPTIONS]
     + [("plain", "masked"), ("neither", "masked"), ("channels first", "masked"), ("plain", "masked by slices")],
 )
-def test_batch_norm(quick_compilation, name, masked):
+def test_batch_norm(name, masked):
     """Values and running statistics: within 4 ulp of float64, and never further from it than Flax by one more."""
     options, shape = OPTIONS[name], (3, 3, 3) if "axis" in OPTIONS[name] else (8, 5, 3)
     x, mask = normal(shape, np.float32) + 1, np.arange(np.prod(shape)).reshape(shape) % 5 > 1
@@ -622,7 +622,7 @@ TYPES = [
 
 @pytest.mark.parametrize("options", TYPES, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
-def test_dtypes_of_batch_norm(quick_compilation, dtype, options):
+def test_dtypes_of_batch_norm(dtype, options):
     x = jnp.asarray(normal((40, 3), np.float32) * 4 + 2).astype(dtype)
     theirs, ours = (norm(family, x, options) for family in FAMILIES)
     assert jax.tree.map(lambda a: (a.dtype, a.weak_type), ours) == jax.tree.map(
@@ -685,7 +685,7 @@ def test_statistics_must_be_mutable():
 
 
 @pytest.mark.parametrize("by_running", [False, True])
-def test_activation(quick_compilation, by_running):
+def test_activation(by_running):
     """Values, and gradients by all that has one."""
     x, weights = (jnp.asarray(normal((8, 3), np.float32, seed)) for seed in (0, 1))
 
@@ -706,7 +706,7 @@ def test_activation(quick_compilation, by_running):
     assert (pyreg.linen.BatchNorm(by_running, activation="relu").init_with_output(KEY, x)[0] >= 0).all()
 
 
-def test_axis_name(quick_compilation):
+def test_axis_name():
     """In linen.vmap; and an axis that is not there while the layer is initialised."""
     x = jnp.asarray(normal((4, 8, 3), np.float32) + np.arange(4, dtype=np.float32)[:, None, None])
 
@@ -748,7 +748,7 @@ class Convolution(linen.Module):
         return x
 
 
-def test_checkpoints(quick_compilation, tmp_path):
+def test_checkpoints(tmp_path):
     """What one family saves the other loads: as bytes, and with orbax."""
     x = jnp.asarray(normal((8, 4), np.float32))
     models = [Convolution(family) for family in ("flax", "pyreg")]
@@ -777,7 +777,7 @@ def test_checkpoints(quick_compilation, tmp_path):
     st.floats(-50, 50),
     st.sampled_from([np.float32, np.float16]),
 )
-def test_random_batch_norm(quick_compilation_of_module, shape, data, offset, dtype):
+def test_random_batch_norm(shape, data, offset, dtype):
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     x = (normal(shape, np.float32) + offset).astype(dtype)
     theirs, ours = (norm(family, jnp.asarray(x), {"axis": axis, "momentum": 0.0}) for family in FAMILIES)

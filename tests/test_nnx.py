@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from common import normal, python
+from common import normal, python, xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxcommon import INPUTS as COMMON_INPUTS
@@ -292,7 +292,7 @@ def derivative(model, x):
 
 @settings(max_examples=10)
 @given(models, st.integers(0, 9))
-def test_random_models(quick_compilation_of_module, model, seed):
+def test_random_models(model, seed):
     theirs, ours = pair(lambda: Mixed([build(model, nnx.Rngs(seed, noise=seed + 1))]))
     x = jnp.asarray(normal((3, WIDTH), np.float32, seed))
     want, got = ([derivative(m, x), derivative(m, x + 1)] for m in (theirs, ours))
@@ -406,7 +406,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_program(quick_compilation, name):
+def test_program(name):
     x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (4, 6)).astype(np.float32))
     if name == "pickle" and isinstance(outcome(pickle.dumps, jax.random.key(0)), str):
         pytest.skip("JAX before 0.10 does not pickle keys")
@@ -599,7 +599,7 @@ ATTENTION = {  # options, and how the operands look
 
 @pytest.mark.parametrize("broadcast", [True, False])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention(quick_compilation, name, broadcast):
+def test_attention(name, broadcast):
     options, shape = ATTENTION[name]
     operands = heads(**shape)
     options = {**options, "dropout_rng": jax.random.key(3), "broadcast_dropout": broadcast}
@@ -608,7 +608,7 @@ def test_attention(quick_compilation, name, broadcast):
 
 
 @pytest.mark.parametrize("name", ["plain", "bfloat16", "grouped"])
-def test_gradient_of_attention(quick_compilation, name):
+def test_gradient_of_attention(name):
     options, shape = ATTENTION[name]
     options = {**options, "dropout_rng": jax.random.key(3), "dropout_rate": 0.3, "broadcast_dropout": False}
 
@@ -622,7 +622,7 @@ def test_gradient_of_attention(quick_compilation, name):
 @pytest.mark.parametrize("broadcast", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.filterwarnings("ignore:.*Module.sow:DeprecationWarning")
-def test_attention_layer(quick_compilation, dtype, broadcast):
+def test_attention_layer(dtype, broadcast):
     """Also what it sows, and with a cache."""
 
     def run(family):
@@ -720,7 +720,7 @@ OPTIONS = {
     [(name, "") for name in OPTIONS]
     + [("plain", "masked"), ("neither", "masked"), ("channels first", "masked"), ("plain", "masked by slices")],
 )
-def test_batch_norm(quick_compilation, name, masked):
+def test_batch_norm(name, masked):
     """Values and running statistics."""
     options, shape = OPTIONS[name], (3, 3, 3) if "axis" in OPTIONS[name] else (8, 5, 3)
     x, mask = normal(shape, np.float32) + 1, np.arange(np.prod(shape)).reshape(shape) % 5 > 1
@@ -770,7 +770,7 @@ def test_integer_mask():
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int32], ids=lambda d: d.__name__)
-def test_dtypes_of_batch_norm(quick_compilation, dtype, options):
+def test_dtypes_of_batch_norm(dtype, options):
     x = jnp.asarray(normal((40, 3), np.float32) * 4 + 2).astype(dtype)
     (theirs, flax), (ours, layer) = (norm(f, x, options) for f in FAMILIES)
     assert (ours.dtype, ours.weak_type) == (theirs.dtype, theirs.weak_type)
@@ -848,7 +848,7 @@ def call(layer, x, mask=None):
     return jax.jit(jax.vmap(one, (None, 0, 0), axis_name="parts"))(whole, x, mask)
 
 
-def test_axis_name(quick_compilation):
+def test_axis_name():
     x = jnp.asarray(normal((4, 8, 3), np.float32) + np.arange(4, dtype=np.float32)[:, None, None])
 
     def run(family):
@@ -860,7 +860,7 @@ def test_axis_name(quick_compilation):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_axis_name_pools_by_elements(quick_compilation):
+def test_axis_name_pools_by_elements():
     """A part with more of the mask counts for more; Flax takes the mean of the parts' means."""
     x, mask = normal((2, 8, 3), np.float32), np.arange(48).reshape(2, 8, 3) > 15
     layer = norm(pyreg.nnx, x[0], {})[1]
@@ -882,7 +882,7 @@ class Normed(nnx.Module):
         return x
 
 
-def test_batch_norm_in_a_model(quick_compilation):
+def test_batch_norm_in_a_model():
     """Under jit, as a view, and its gradients by parameters and input, over several steps."""
 
     @nnx.jit
@@ -911,7 +911,7 @@ def test_batch_norm_in_a_model(quick_compilation):
     st.floats(-50, 50),
     st.sampled_from([np.float32, np.float16]),
 )
-def test_random_batch_norm(quick_compilation_of_module, shape, data, offset, dtype):
+def test_random_batch_norm(shape, data, offset, dtype):
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     x = (normal(shape, np.float32) + offset).astype(dtype)
     layers = [family.BatchNorm(shape[axis], axis=axis, momentum=0.0, rngs=nnx.Rngs(0)) for family in FAMILIES]
@@ -973,7 +973,7 @@ print("fine")
 
 def test_several_devices():
     """Groups of devices under shard_map, and arrays that are cut."""
-    assert python(DEVICES, timeout=300, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("fine")
+    assert python(DEVICES, timeout=300, XLA_FLAGS=xla_flags(4)).endswith("fine")
 
 
 # ---- Rates that are not Python's numbers -----------------------------------------------------------------------------

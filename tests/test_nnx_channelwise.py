@@ -9,8 +9,6 @@ nnx = pytest.importorskip("flax.nnx")
 import pyreg  # noqa: E402
 import pyreg.nnx as ours  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # How to make a layer; the shape of an input; dims that share one draw.
 CASES = [
     (ours.Dropout1d, {}, (3, 5, 6), (1,)),

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 from common import normal
-from jaxcommon import assert_same, jax, nnx
+from jaxcommon import FUSED, assert_same, jax, nnx
 
 jnp = jax.numpy
 KEY = jax.random.key(3)
@@ -34,7 +34,8 @@ def result(function, parameters):
         y = function(parameters, x)
         return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
 
-    (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(parameters, jnp.asarray(X))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=FUSED)
+    (_, y), gradients = step(parameters, jnp.asarray(X))
     return y, jax.tree.leaves(gradients)
 
 
@@ -154,7 +155,7 @@ def by_keras(ours):
 
 
 @pytest.mark.parametrize("run", [by_nnx, by_linen, by_equinox, by_haiku, by_keras], ids=lambda run: run.__name__[3:])
-def test_bits_of_a_transformer(quick_compilation, monkeypatch, run):
+def test_bits_of_a_transformer(monkeypatch, run):
     """Outputs and gradients; and pyreg is really in it."""
     theirs = run(False)
     calls = []
