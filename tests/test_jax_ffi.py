@@ -175,6 +175,8 @@ CONSTANTS = {
 def test_declarations_are_those_of_jaxlib(tmp_path):
     compiler = shutil.which("cc") or pytest.skip("no C compiler")
     lines = ["#include <stddef.h>", '#include "xla/ffi/api/c_api.h"', '#include "xla.h"']
+    if "XLA_FFI_InternalExtension" in Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text():
+        lines.append("#define XLA_FFI_Extension_Base XLA_FFI_InternalExtension")  # its name since version 0.5
     for theirs, ours, fields in LAYOUTS:
         for field in fields.split():
             their_field, _, our_field = field.partition("=")
