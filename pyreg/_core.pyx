@@ -499,7 +499,7 @@ cdef init():
             raise ImportError("pyreg was compiled for a machine with other instructions (PYREG_ISAS=native); compile it "
                               "for this one")
         raise ImportError(f"PYREG_ISA={os.environ.get('PYREG_ISA')!r} is not an instruction set that this machine can "
-                          f"run; choose from {', '.join(isa_available())}")
+                          f"run and pyreg was compiled for; choose from {', '.join(isa_available())}")
     global main_thread
     main_thread = threading.main_thread().ident
     if hasattr(os, "register_at_fork"):  # not on Windows

@@ -18,6 +18,8 @@ if importlib.util.find_spec("pyreg._core") is None:
             f"{_package} was compiled for another Python: it has {', '.join(_others)}, and this Python loads "
             f"_core{importlib.machinery.EXTENSION_SUFFIXES[0]}; install pyreg with this Python's pip"
         )
+    if not _package.is_dir():
+        raise ImportError(f"{_package} is in an archive, from which no compiled module is loaded; install it by pip")
     raise ImportError(
         f"{_package} is pyreg's source, without its compiled core; start Python in another folder, or with -P, to "
         "import the installed pyreg"

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -130,3 +132,22 @@ def test_a_core_for_another_python_is_no_source(tmp_path):
         done = subprocess.run([sys.executable, "-S", "-P", "-c", code], capture_output=True, text=True, timeout=60)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_an_archive_is_not_imported(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pyreg.zip", "w") as archive:
+        for name in "__init__.py", "_load.py":
+            archive.write(Path(pyreg.__file__).parent / name, f"pyreg/{name}")
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path / 'pyreg.zip')!r})\nimport pyreg"
+    done = subprocess.run([sys.executable, "-S", "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "is in an archive, from which no compiled module is loaded" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast -g", "-O2 -fassociative-math"])
+def test_flags_that_change_results_are_refused(tmp_path, flag):
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, f"-DCMAKE_C_FLAGS={flag}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "changes pyreg's results" in done.stderr
