@@ -60,13 +60,13 @@ def flax_dropout(rate, dims=()):
     return lambda x, key: layer(x, rngs=key)
 
 
-DIVIDES = jax.__version_info__ < (0, 10)  # XLA outside jit, by 1 - rate, which rounds otherwise than a product
+def eagerly(dropout, **options):
+    """A framework's dropout to be called outside jit, where XLA of JAX 0.9 would divide by 1 - rate."""
+    return jax.jit(dropout, **options) if jax.__version_info__ < (0, 10) else dropout
 
 
 def eager_flax_dropout(rate, dims=()):
-    """The same to be called outside jit."""
-    d = flax_dropout(rate, dims)
-    return jax.jit(d) if DIVIDES else d
+    return eagerly(flax_dropout(rate, dims))
 
 
 def assert_same(got, want):
