@@ -3,18 +3,41 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-cimport numpy as cnp
-
 
 cdef extern from "Python.h" nogil:
     int PyErr_CheckSignals()
     unsigned long PyThread_get_thread_ident()
 
 
-cdef extern from "numpy/arrayobject.h":  # not in Cython's own declarations
+cdef extern from "numpy_abi.h":
+    ctypedef struct numpy_dtype:
+        int num
+
+    ctypedef class numpy.ndarray [object numpy_array, check_size ignore]:
+        cdef:
+            char *data
+            int ndim
+            int64_t *shape
+            int64_t *strides
+            numpy_dtype *dtype
+
     enum:
-        NPY_HALF
-    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
+        NUMPY_INT16
+        NUMPY_FLOAT16
+        NUMPY_FLOAT32
+        NUMPY_FLOAT64
+        NUMPY_C_CONTIGUOUS
+        NUMPY_F_CONTIGUOUS
+        NUMPY_ALIGNED
+        NUMPY_WRITEABLE
+
+    int numpy_use(object table) except -1
+    int64_t numpy_itemsize(ndarray a) noexcept
+    bint numpy_is(ndarray a, int flags) noexcept
+    bint numpy_same_shape(ndarray a, ndarray b) noexcept
+    object numpy_new_like(ndarray a)
+    object numpy_new(type array, int ndim, const int64_t *shape, int num, const int64_t *strides, void *data)
+    int numpy_set_base(ndarray a, object base) except -1
 
 
 cdef extern from "pyreg.h" nogil:

@@ -3,7 +3,6 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-cimport numpy as cnp
 from cpython.contextvars cimport get_value
 from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_New
@@ -12,7 +11,11 @@ import os
 import threading
 from contextvars import ContextVar
 
-cnp.import_array()
+try:
+    from numpy._core._multiarray_umath import _ARRAY_API
+except ImportError:
+    from numpy.core._multiarray_umath import _ARRAY_API  # NumPy 1
+numpy_use(_ARRAY_API)
 
 
 F32, F64, F16, BF16 = PYREG_F32, PYREG_F64, PYREG_F16, PYREG_BF16
@@ -69,50 +72,49 @@ def set_bfloat16(dtype):
 
 def dtype_code(x):
     """F32, F64, F16 or BF16; -1 if x is not an array or of another dtype, in foreign byte order or not aligned."""
-    if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>x):
+    if type(x) is not ndarray or not numpy_is(<ndarray>x, NUMPY_ALIGNED):
         return -1
-    cdef int num = cnp.PyArray_TYPE(<cnp.ndarray>x)
-    if num == cnp.NPY_FLOAT:
+    cdef int num = (<ndarray>x).dtype.num
+    if num == NUMPY_FLOAT32:
         return PYREG_F32
-    if num == cnp.NPY_DOUBLE:
+    if num == NUMPY_FLOAT64:
         return PYREG_F64
-    if num == NPY_HALF:
+    if num == NUMPY_FLOAT16:
         return PYREG_F16
     return PYREG_BF16 if num == bfloat16_num else -1
 
 
-def empty_like(cnp.ndarray x not None):
-    return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+def empty_like(ndarray x not None):
+    return numpy_new_like(x)
 
 
-cdef inline pyreg_array array_of(cnp.ndarray a) noexcept:
+cdef inline pyreg_array array_of(ndarray a) noexcept:
     """a as an operand of C; None: there is none."""
     if a is None:
         return pyreg_array(data=NULL, strides=NULL)
-    return pyreg_array(data=cnp.PyArray_DATA(a), strides=<const int64_t *>cnp.PyArray_STRIDES(a))
+    return pyreg_array(data=a.data, strides=a.strides)
 
 
-def is_like(array, cnp.ndarray x not None):
+def is_like(array, ndarray x not None):
     """Whether array can be read as it is, as one of the shape and dtype of x."""
-    return (cnp.PyArray_CheckExact(array) and cnp.PyArray_SAMESHAPE(<cnp.ndarray>array, x)
-            and cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.PyArray_TYPE(x)
-            and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>array))
+    return (type(array) is ndarray and numpy_same_shape(<ndarray>array, x)
+            and (<ndarray>array).dtype.num == x.dtype.num and numpy_is(<ndarray>array, NUMPY_ALIGNED))
 
 
-cdef bint fits(cnp.ndarray out, cnp.ndarray x):
+cdef bint fits(ndarray out, ndarray x):
     """Whether out has the shape and dtype of x and can be written as it is."""
-    return cnp.PyArray_SAMESHAPE(out, x) and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(x) and cnp.PyArray_ISBEHAVED(out)
+    return numpy_same_shape(out, x) and out.dtype.num == x.dtype.num and numpy_is(out, NUMPY_ALIGNED | NUMPY_WRITEABLE)
 
 
-cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
+cdef (size_t, size_t) bounds(ndarray x) noexcept:
     """First byte of x, and the first after it; nothing if x has no elements."""
-    cdef size_t low = <size_t>cnp.PyArray_DATA(x), high = low + <size_t>cnp.PyArray_ITEMSIZE(x)
-    cdef cnp.npy_intp reach
+    cdef size_t low = <size_t>x.data, high = low + <size_t>numpy_itemsize(x)
+    cdef int64_t reach
     cdef int d
-    for d in range(cnp.PyArray_NDIM(x)):
-        if cnp.PyArray_DIM(x, d) == 0:
+    for d in range(x.ndim):
+        if x.shape[d] == 0:
             return 0, 0
-        reach = (cnp.PyArray_DIM(x, d) - 1) * cnp.PyArray_STRIDE(x, d)
+        reach = (x.shape[d] - 1) * x.strides[d]
         if reach < 0:
             low -= <size_t>-reach
         else:
@@ -120,44 +122,44 @@ cdef (size_t, size_t) bounds(cnp.ndarray x) noexcept:
     return low, high
 
 
-cdef bint between(cnp.ndarray x, size_t low, size_t high) noexcept:
+cdef bint between(ndarray x, size_t low, size_t high) noexcept:
     """Whether x may have bytes from low to before high; false is certain."""
     cdef size_t x_low, x_high
     x_low, x_high = bounds(x)
     return x_low < high and low < x_high
 
 
-cdef bint in_place(cnp.ndarray x, cnp.ndarray y) noexcept:
+cdef bint in_place(ndarray x, ndarray y) noexcept:
     """Whether x and y, of the same shape and dtype, are the same memory, element by element."""
     cdef int d
-    if cnp.PyArray_DATA(x) != cnp.PyArray_DATA(y):
+    if x.data != y.data:
         return False
-    for d in range(cnp.PyArray_NDIM(x)):
-        if cnp.PyArray_STRIDE(x, d) != cnp.PyArray_STRIDE(y, d):
+    for d in range(x.ndim):
+        if x.strides[d] != y.strides[d]:
             return False
     return True
 
 
-cdef bint elements_apart(cnp.ndarray x) noexcept:
+cdef bint elements_apart(ndarray x) noexcept:
     """Whether each step of x is longer than what the dims of shorter steps take: then no two elements share memory."""
-    if cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x) or cnp.PyArray_SIZE(x) == 0:
+    if numpy_is(x, NUMPY_C_CONTIGUOUS) or numpy_is(x, NUMPY_F_CONTIGUOUS):  # as is any array without elements
         return True
-    cdef cnp.npy_intp[PYREG_MAX_DIMS] steps, reaches
-    cdef cnp.npy_intp step, reach, taken
+    cdef int64_t[PYREG_MAX_DIMS] steps, reaches
+    cdef int64_t step, reach, taken
     cdef int d, k, n = 0
     for d in range(x.ndim):  # by ascending step
-        if cnp.PyArray_DIM(x, d) == 1:
+        if x.shape[d] == 1:
             continue
-        step = cnp.PyArray_STRIDE(x, d)
+        step = x.strides[d]
         step = -step if step < 0 else step
-        reach = (cnp.PyArray_DIM(x, d) - 1) * step
+        reach = (x.shape[d] - 1) * step
         k = n
         while k > 0 and steps[k - 1] > step:
             steps[k], reaches[k] = steps[k - 1], reaches[k - 1]
             k -= 1
         steps[k], reaches[k] = step, reach
         n += 1
-    taken = cnp.PyArray_ITEMSIZE(x)  # bytes from the first of the dims so far to their end
+    taken = numpy_itemsize(x)  # bytes from the first of the dims so far to their end
     for k in range(n):
         if steps[k] < taken:
             return False
@@ -165,17 +167,17 @@ cdef bint elements_apart(cnp.ndarray x) noexcept:
     return True
 
 
-def apart(cnp.ndarray x not None):
+def apart(ndarray x not None):
     """Whether no two elements of x share memory; may be false where dims interleave."""
     return elements_apart(x)
 
 
-def can_write(out, cnp.ndarray x not None, tuple inputs not None, tuple values not None):
+def can_write(out, ndarray x not None, tuple inputs not None, tuple values not None):
     """Whether out is an array like x that can be written as it is, without spoiling what is still to be read.
 
     inputs: arrays like x, one of which out may be; values: others; None among them does not count.
     """
-    if not cnp.PyArray_CheckExact(out) or not fits(out, x) or not elements_apart(out):
+    if type(out) is not ndarray or not fits(out, x) or not elements_apart(out):
         return False
     cdef size_t low, high
     low, high = bounds(out)
@@ -223,14 +225,14 @@ cdef int64_t size_of(int dtype) noexcept:
     return 4 if dtype == PYREG_F32 else 8 if dtype == PYREG_F64 else 2
 
 
-def dropout(int dtype, cnp.ndarray x not None, cnp.ndarray y not None, int generator, uint64_t key, double rate,
+def dropout(int dtype, ndarray x not None, ndarray y not None, int generator, uint64_t key, double rate,
             uint64_t offset, bint scaled, mask_strides, scale=None):
     """y = dropout(x).  scale: of kept elements; None for that of the rate if scaled, else 1.
     mask_strides: a tuple of x.ndim ints, or None for C order."""
     cdef int64_t[PYREG_MAX_DIMS] strides
     cdef pyreg_status status
     cdef dropout_arguments args = dropout_arguments(
-        dtype=<pyreg_dtype>dtype, ndim=cnp.PyArray_NDIM(x), shape=<const int64_t *>cnp.PyArray_DIMS(x),
+        dtype=<pyreg_dtype>dtype, ndim=x.ndim, shape=x.shape,
         mask=make_mask(generator, key, rate, offset), scale=1, x=array_of(x), y=array_of(y), mask_strides=NULL)
     if scale is not None:
         args.scale = scale
@@ -275,13 +277,12 @@ def array_at(int dtype, size_t address, shape, strides, owner):
     """An array on memory of another library, which the owner keeps; strides in elements.  bfloat16 is there as int16."""
     cdef int64_t[PYREG_MAX_DIMS] lengths, bytes_
     cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS)
-    cdef int num = (cnp.NPY_FLOAT if dtype == PYREG_F32 else cnp.NPY_DOUBLE if dtype == PYREG_F64
-                    else NPY_HALF if dtype == PYREG_F16 else cnp.NPY_INT16)
+    cdef int num = (NUMPY_FLOAT32 if dtype == PYREG_F32 else NUMPY_FLOAT64 if dtype == PYREG_F64
+                    else NUMPY_FLOAT16 if dtype == PYREG_F16 else NUMPY_INT16)
     set_ints(shape, ndim, 1, lengths)
     set_ints(strides, ndim, size_of(dtype), bytes_)
-    array = cnp.PyArray_New(cnp.ndarray, ndim, <cnp.npy_intp *>&lengths[0], num, <cnp.npy_intp *>&bytes_[0],
-                            <void *>address, 0, cnp.NPY_ARRAY_WRITEABLE, None)
-    cnp.set_array_base(array, owner)
+    array = numpy_new(ndarray, ndim, &lengths[0], num, &bytes_[0], <void *>address)
+    numpy_set_base(array, owner)
     return array
 
 
@@ -290,51 +291,50 @@ def dropout_scale(int dtype, double rate):
     return pyreg_dropout_scale(<pyreg_dtype>dtype, rate)
 
 
-def dropout_mask(size_t n, cnp.ndarray out not None, bint packed, int generator, uint64_t key, double rate,
+def dropout_mask(size_t n, ndarray out not None, bint packed, int generator, uint64_t key, double rate,
                  uint64_t offset):
     """Fills out, a contiguous array of n bytes or (n + 7) // 8 if packed."""
     cdef pyreg_mask mask = make_mask(generator, key, rate, offset)
     cdef pyreg_status status
     use_asked_threads()
     with nogil:
-        status = pyreg_dropout_mask(&mask, n, packed, <uint8_t *>cnp.PyArray_DATA(out))
+        status = pyreg_dropout_mask(&mask, n, packed, <uint8_t *>out.data)
     check(status)
 
 
 # ---- Batch-norm ------------------------------------------------------------------------------------------------------
 
-cdef pyreg_batchnorm make_batchnorm(int dtype, cnp.ndarray x, int axis, double epsilon, bint relu,
-                                    cnp.ndarray scale, cnp.ndarray bias) noexcept:
+cdef pyreg_batchnorm make_batchnorm(int dtype, ndarray x, int axis, double epsilon, bint relu, ndarray scale,
+                                    ndarray bias) noexcept:
     return pyreg_batchnorm(
-        dtype=<pyreg_dtype>dtype, ndim=cnp.PyArray_NDIM(x), axis=axis, shape=<const int64_t *>cnp.PyArray_DIMS(x),
-        epsilon=epsilon, relu=relu, scale=array_of(scale).data, bias=array_of(bias).data)
+        dtype=<pyreg_dtype>dtype, ndim=x.ndim, axis=axis, shape=x.shape, epsilon=epsilon, relu=relu, scale=array_of(scale).data, bias=array_of(bias).data)
 
 
 cdef int statistic_num(int dtype) noexcept:
     """NumPy's number of the type of statistics and parameters of data of this dtype."""
-    return cnp.NPY_DOUBLE if dtype == PYREG_F64 else cnp.NPY_FLOAT
+    return NUMPY_FLOAT64 if dtype == PYREG_F64 else NUMPY_FLOAT32
 
 
-cdef cnp.ndarray statistics_like(int dtype, cnp.npy_intp channels):
+cdef ndarray statistics_like(int dtype, int64_t channels):
     """A new array for a statistic or a parameter's gradient of data of this dtype."""
-    return cnp.PyArray_EMPTY(1, &channels, statistic_num(dtype), 0)
+    return numpy_new(ndarray, 1, &channels, statistic_num(dtype), NULL, NULL)
 
 
-def is_statistic(array, int dtype, cnp.npy_intp channels):
+def is_statistic(array, int dtype, int64_t channels):
     """Whether array can be read as a value per channel for data of this dtype."""
-    if not cnp.PyArray_CheckExact(array):
+    if type(array) is not ndarray:
         return False
-    cdef cnp.ndarray a = array
-    return (cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == channels and cnp.PyArray_ISCARRAY_RO(a)
-            and cnp.PyArray_TYPE(a) == statistic_num(dtype))
+    cdef ndarray a = array
+    return (a.ndim == 1 and a.shape[0] == channels and numpy_is(a, NUMPY_C_CONTIGUOUS | NUMPY_ALIGNED)
+            and a.dtype.num == statistic_num(dtype))
 
 
-def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu, cnp.ndarray scale,
-               cnp.ndarray bias, cnp.ndarray mask, cnp.ndarray residual, cnp.ndarray y not None,
-               cnp.ndarray mean_low=None, int max_threads=0, bint team=False):
+def batch_norm(int dtype, ndarray x not None, int axis, double epsilon, bint relu, ndarray scale,
+               ndarray bias, ndarray mask, ndarray residual, ndarray y not None,
+               ndarray mean_low=None, int max_threads=0, bint team=False):
     """y = batch_norm(x), mean_low = what its mean lacks; returns mean and var.  None: no such operand."""
-    cdef cnp.ndarray mean = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
-    cdef cnp.ndarray var = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
+    cdef ndarray mean = statistics_like(dtype, x.shape[axis])
+    cdef ndarray var = statistics_like(dtype, x.shape[axis])
     cdef forward_arguments args = forward_arguments(
         common=make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias), x=array_of(x), mask=array_of(mask),
         residual=array_of(residual), y=array_of(y), mean=array_of(mean).data, mean_low=array_of(mean_low).data,
@@ -349,9 +349,9 @@ def batch_norm(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint
     return mean, var
 
 
-def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double epsilon, bint relu,
-                         cnp.ndarray scale, cnp.ndarray bias, cnp.ndarray residual, cnp.ndarray mean not None,
-                         cnp.ndarray var not None, cnp.ndarray y not None):
+def batch_norm_inference(int dtype, ndarray x not None, int axis, double epsilon, bint relu,
+                         ndarray scale, ndarray bias, ndarray residual, ndarray mean not None,
+                         ndarray var not None, ndarray y not None):
     """y = batch_norm_inference(x)."""
     cdef inference_arguments args = inference_arguments(
         common=make_batchnorm(dtype, x, axis, epsilon, relu, scale, bias), x=array_of(x), residual=array_of(residual),
@@ -363,13 +363,13 @@ def batch_norm_inference(int dtype, cnp.ndarray x not None, int axis, double eps
     check(status)
 
 
-def batch_norm_backward(int dtype, cnp.ndarray dy not None, cnp.ndarray x not None, int axis, double epsilon, bint relu,
-                        cnp.ndarray scale, cnp.ndarray mask, cnp.ndarray y, cnp.ndarray mean not None,
-                        cnp.ndarray var not None, cnp.ndarray dx not None, cnp.ndarray dresidual,
-                        cnp.ndarray dmean=None, cnp.ndarray dvar=None, int max_threads=0, bint team=False):
+def batch_norm_backward(int dtype, ndarray dy not None, ndarray x not None, int axis, double epsilon, bint relu,
+                        ndarray scale, ndarray mask, ndarray y, ndarray mean not None,
+                        ndarray var not None, ndarray dx not None, ndarray dresidual,
+                        ndarray dmean=None, ndarray dvar=None, int max_threads=0, bint team=False):
     """dx and dresidual (or None) = batch_norm_backward(dy, x); returns dscale and dbias.  y: None without relu."""
-    cdef cnp.ndarray dscale = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
-    cdef cnp.ndarray dbias = statistics_like(dtype, cnp.PyArray_DIM(x, axis))
+    cdef ndarray dscale = statistics_like(dtype, x.shape[axis])
+    cdef ndarray dbias = statistics_like(dtype, x.shape[axis])
     cdef backward_arguments args = backward_arguments(
         common=make_batchnorm(dtype, x, axis, epsilon, relu, scale, None), dy=array_of(dy), x=array_of(x),
         mask=array_of(mask), y=array_of(y), dx=array_of(dx), dresidual=array_of(dresidual), mean=array_of(mean).data,

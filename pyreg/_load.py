@@ -44,7 +44,7 @@ def _edited_sources() -> list[str]:
     if core.parent == _package:
         return []
     compiled = core.stat().st_mtime
-    patterns = ("pyreg/*.pyx", "pyreg/*.pxd", "csrc/**/*.c", "csrc/**/*.h")
+    patterns = ("pyreg/*.pyx", "pyreg/*.pxd", "pyreg/*.h", "csrc/**/*.c", "csrc/**/*.h")
     return [
         str(file) for pattern in patterns for file in _package.parent.glob(pattern) if file.stat().st_mtime > compiled
     ]

@@ -36,7 +36,7 @@ lint() {
     ruff check .
     ruff format --check .
     mypy
-    clang-format --dry-run -Werror csrc/*.[ch] csrc/kernels/*.[ch] tests/c/*.[ch]
+    clang-format --dry-run -Werror pyreg/*.h csrc/*.[ch] csrc/kernels/*.[ch] tests/c/*.[ch]
 }
 
 docs() { # the manual: no warnings, and no reference that leads nowhere
@@ -177,7 +177,7 @@ dist() { # what is uploaded: the sdist, the wheel made from it, and this wheel b
         return 1
     fi
     fresh oldest-numpy "numpy==1.26.*" "ml_dtypes==0.4.*"
-    fresh oldest-jax "jax==0.9.0" "flax==0.12.1" ml_dtypes
+    fresh oldest-jax "jax==0.9.0" "flax==0.12.6" ml_dtypes
     fresh newest numpy jax flax ml_dtypes
 }
 
@@ -189,7 +189,7 @@ fresh() { # NAME REQUIREMENT...: the wheel in an environment of its own, with th
     "build/check/$name/bin/python" -m pip -qq --disable-pip-version-check install --no-compile \
         build/dist/*.whl "pytest>=8" "hypothesis>=6.100" "threadpoolctl>=3.5" "$@"
     if "build/check/$name/bin/python" -c 'import jax' 2>/dev/null; then set -- jax_dropout nnx; else set --; fi
-    for test in dropout batchnorm layers "$@"; do
+    for test in dropout batchnorm layers numpy_abi "$@"; do
         "build/check/$name/bin/python" -P -m pytest -q "tests/test_$test.py"
     done
 }
