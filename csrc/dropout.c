@@ -155,6 +155,27 @@ struct mask_op {
     uint8_t *out;
 };
 
+/* Bit b of the lowest eight in byte b.  Each of the first seven moves up by 7 b; where no bit meets another. */
+static uint64_t bytes_of(uint32_t bits) {
+    return ((uint64_t)(bits & 0x7f) * 0x40810204081 & 0x0101010101010101) | (uint64_t)(bits & 0x80) << 49;
+}
+
+/* n <= 32 bits, one per byte. */
+static void put_bytes(uint32_t word, size_t n, uint8_t *out) {
+    for (size_t b = 0; b < n; b += 8) {
+        uint64_t bytes = bytes_of(word >> b);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        bytes = __builtin_bswap64(bytes);
+#endif
+        memcpy(out + b, &bytes, at_most(n - b, 8));
+    }
+}
+
+/* The same, eight per byte. */
+static void put_bits(uint32_t word, size_t n, uint8_t *out) {
+    for (size_t b = 0; b < n; b += 8) out[b / 8] = (uint8_t)(word >> b);
+}
+
 static void mask_chunk(void *work, size_t chunk, void *scratch) {
     (void)scratch;
     const struct mask_op *op = work;
@@ -163,16 +184,17 @@ static void mask_chunk(void *work, size_t chunk, void *scratch) {
     size_t j = chunk * MASK_CHUNK, end = at_most(j + MASK_CHUNK, op->n);
     for (size_t n; j < end; j += n) {
         n = at_most(end - j, MASK_TILE);
-        size_t at = mask_span_cover(&span, op->offset + j, n);
-        for (size_t k = 0; k < n; k += 32) {
-            uint32_t word = keep_word(span.keep + at / 32, at % 32, k / 32);
-            size_t bits = at_most(n - k, 32);
-            if (!op->packed) {
-                for (size_t b = 0; b < bits; b++) op->out[j + k + b] = word >> b & 1;
-                continue;
-            }
-            if (bits < 32) word &= (UINT32_C(1) << bits) - 1;
-            for (size_t b = 0; b < bits; b += 8) op->out[(j + k + b) / 8] = (uint8_t)(word >> b);
+        const size_t at = mask_span_cover(&span, op->offset + j, n), whole = n / 32;
+        const uint32_t *keep = span.keep + at / 32;
+        const uint32_t last = keep_word(keep, at % 32, whole) & ((UINT32_C(1) << n % 32) - 1);
+        if (op->packed) {
+            uint8_t *out = op->out + j / 8;
+            for (size_t w = 0; w < whole; w++) put_bits(keep_word(keep, at % 32, w), 32, out + 4 * w);
+            put_bits(last, n % 32, out + 4 * whole);
+        } else {
+            uint8_t *out = op->out + j;
+            for (size_t w = 0; w < whole; w++) put_bytes(keep_word(keep, at % 32, w), 32, out + 32 * w);
+            put_bytes(last, n % 32, out + 32 * whole);
         }
     }
 }

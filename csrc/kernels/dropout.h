@@ -14,7 +14,7 @@ static inline elem_t dropout_elem(elem_t x, uint32_t kept, acc_t scale) {
 
 /* x, y: 32 elements. */
 static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t scale, bool ties) {
-    for (int j = 0; j < WORD; j += LANES) store_kept(y + j, scaled(x + j, scale, ties), kept >> j);
+    for (unsigned j = 0; j < WORD; j += LANES) store_kept(y + j, scaled(x + j, scale, ties), kept, j);
 }
 
 static inline void dropout_words(const elem_t *x, elem_t *y, size_t n, const uint32_t *keep, unsigned shift,

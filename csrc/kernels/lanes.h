@@ -23,10 +23,11 @@ typedef vec16 vec;
 #endif
 enum { LANES = VEC_BYTES / sizeof(elem_t) };
 
-/* y[j] = bit j of kept ? v[j] : 0. */
-static inline void store_kept(elem_t *y, vec v, uint32_t kept) {
+/* y[j] = bit `first + j` of kept ? v[j] : 0; first: a multiple of LANES below 32. */
+static inline void store_kept(elem_t *y, vec v, uint32_t kept, unsigned first) {
 #if defined(__AVX512BW__)
     __m512i bits = (__m512i)v;
+    kept >>= first;
     if (sizeof(elem_t) == 2)
         bits = _mm512_maskz_mov_epi16(kept, bits);
     else if (sizeof(elem_t) == 4)
@@ -35,12 +36,17 @@ static inline void store_kept(elem_t *y, vec v, uint32_t kept) {
         bits = _mm512_maskz_mov_epi64((__mmask8)kept, bits);
     _mm512_storeu_si512(y, bits);
 #else
-    static const elem_bits powers[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+#define BIT(j) (elem_bits)1 << (j) % WIDTH
+#define EIGHT_BITS(j) BIT(j), BIT(j + 1), BIT(j + 2), BIT(j + 3), BIT(j + 4), BIT(j + 5), BIT(j + 6), BIT(j + 7)
+    enum { WIDTH = 8 * sizeof(elem_bits) };
+    static const elem_bits bit_of_lane[32] = {EIGHT_BITS(0), EIGHT_BITS(8), EIGHT_BITS(16), EIGHT_BITS(24)};
     vec bit;
-    memcpy(&bit, powers, sizeof bit);
-    v &= (vec)(((elem_bits)kept & bit) == bit);
+    memcpy(&bit, bit_of_lane + first, sizeof bit);
+    const vec all = (elem_bits)(kept >> first / WIDTH * WIDTH) - (vec){0};
+    v &= ~(vec)((all & bit) == 0);
     memcpy(y, &v, sizeof v);
+#undef BIT
+#undef EIGHT_BITS
 #endif
 }
 

@@ -56,14 +56,25 @@ static INLINE_LONG struct digits compare_digits(const struct draw *draw, vec32 c
     return d;
 }
 
-/* The words in which some element ties with the limit in its first digits. */
+/* The elements of each word that tie with the limit in their first digits, and the words in which there are some. */
 struct ties {
+    uint32_t element[MASK_WORDS];
+    uint64_t some[MASK_WORDS / 64 + 1]; /* a bit for each word */
     size_t count;
-    uint32_t word[MASK_WORDS + LANES32], element[MASK_WORDS + LANES32];
+    uint32_t word[MASK_WORDS + LANES32];
 };
 
-static inline void collect(struct ties *ties, vec32 equal, uint32_t word) {
-    ties->count += compress_pairs(ties->word + ties->count, lane_numbers() + word, ties->element + ties->count, equal);
+static inline void note_ties(struct ties *ties, vec32 equal, uint32_t word) {
+    memcpy(ties->element + word, &equal, sizeof equal);
+    ties->some[word / 64] |= (uint64_t)nonzero_bits(equal) << word % 64;
+}
+
+static void list_ties(struct ties *ties) {
+    ties->count = 0;
+    for (uint32_t w = 0; w <= MASK_WORDS / 64; w++)
+        for (uint64_t some = ties->some[w]; some; some &= some - 1)
+            ties->word[ties->count++] = 64 * w + (uint32_t)__builtin_ctzll(some);
+    memset(ties->word + ties->count, 0, LANES32 * sizeof *ties->word); /* to fill the last vector */
 }
 
 /* Digits 16 and on, one word at a time: wanted once in 256 words of 32 elements that tie, themselves one in nine. */
@@ -80,6 +91,7 @@ static void resolve_word(const struct draw *draw, uint64_t counter, uint32_t ele
 }
 
 static void resolve(const struct draw *draw, uint64_t first, struct ties *ties, uint32_t *keep) {
+    list_ties(ties);
     for (size_t n = 0; n < ties->count; n += LANES32) { /* what lies past the count is computed and not used */
         vec32 word;
         memcpy(&word, ties->word + n, sizeof word);
@@ -88,7 +100,7 @@ static void resolve(const struct draw *draw, uint64_t first, struct ties *ties, 
         memcpy(less, &d.less, sizeof less);
         memcpy(equal, &d.equal, sizeof equal);
         for (size_t j = 0; j < LANES32 && n + j < ties->count; j++) {
-            uint32_t at = ties->word[n + j], element = ties->element[n + j];
+            uint32_t at = ties->word[n + j], element = ties->element[at];
             keep[at] &= ~(element & less[j]);
             if (element & equal[j]) resolve_word(draw, first + at, element & equal[j], keep + at);
         }
@@ -104,14 +116,14 @@ static void philox(const struct draw *draw, uint64_t first, size_t words, uint32
         return;
     }
     struct ties ties;
-    ties.count = 0;
+    memset(ties.some, 0, sizeof ties.some);
     bool eight = draw->limit << 4, more = draw->limit << 8;
     vec32 counter = lane_numbers() + (uint32_t)first;
     for (uint32_t w = 0; w < words; w += LANES32, counter += LANES32) {
         struct digits d = eight ? compare_digits(draw, counter, (uint32_t)(first >> 32), 0, true)
                                 : compare_digits(draw, counter, (uint32_t)(first >> 32), 0, false);
         *(vec32 *)(keep + w) = ~d.less;
-        if (more) collect(&ties, d.equal, w);
+        if (more) note_ties(&ties, d.equal, w);
     }
     if (more) resolve(draw, first, &ties, keep);
 }

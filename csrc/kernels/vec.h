@@ -126,39 +126,39 @@ static inline vec32 rotate_left(vec32 v, int n) {
     return v << n | v >> (32 - n);
 }
 
+#if !defined(__AVX512F__)
+/* Bit j = whether lane j is all ones; else it is 0. */
+static inline uint32_t lane_bits(vec32 mask) {
+#if defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#elif defined(__x86_64__)
+    return (uint32_t)_mm_movemask_ps((__m128)mask);
+#elif defined(__aarch64__)
+    return vaddvq_u32(vandq_u32((uint32x4_t)mask, (uint32x4_t){1, 2, 4, 8}));
+#else
+    uint32_t bits = 0;
+    for (int j = 0; j < LANES32; j++) bits |= (mask[j] & 1) << j;
+    return bits;
+#endif
+}
+#endif
+
 /* Bit j = (a[j] < b[j]), for values below 2^31. */
 static inline uint32_t less_bits(vec32 a, vec32 b) {
 #if defined(__AVX512F__)
     return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    return (uint32_t)_mm256_movemask_ps((__m256)_mm256_cmpgt_epi32((__m256i)b, (__m256i)a));
-#elif defined(__x86_64__)
-    return (uint32_t)_mm_movemask_ps((__m128)_mm_cmplt_epi32((__m128i)a, (__m128i)b));
-#elif defined(__aarch64__)
-    return vaddvq_u32(vandq_u32((uint32x4_t)(a < b), (uint32x4_t){1, 2, 4, 8}));
 #else
-    uint32_t bits = 0;
-    for (int j = 0; j < LANES32; j++) bits |= (uint32_t)(a[j] < b[j]) << j;
-    return bits;
+    typedef int32_t vec32s __attribute__((vector_size(VEC_BYTES))); /* x86 compares signed numbers only */
+    return lane_bits((vec32)((vec32s)a < (vec32s)b));
 #endif
 }
 
-/* Stores the lanes of a and b where b is not 0, one behind the other, and returns how many they are; what is stored
- * behind them, LANES32 in all, is of no meaning. */
-static inline size_t compress_pairs(uint32_t *a_to, vec32 a, uint32_t *b_to, vec32 b) {
+/* Bit j = (v[j] != 0). */
+static inline uint32_t nonzero_bits(vec32 v) {
 #if defined(__AVX512F__)
-    const __mmask16 some = _mm512_test_epi32_mask((__m512i)b, (__m512i)b);
-    _mm512_storeu_si512(a_to, _mm512_maskz_compress_epi32(some, (__m512i)a));
-    _mm512_storeu_si512(b_to, _mm512_maskz_compress_epi32(some, (__m512i)b));
-    return (size_t)__builtin_popcount(some);
+    return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
 #else
-    size_t n = 0;
-    for (int j = 0; j < LANES32; j++) { /* no branch: which lanes are 0 cannot be predicted */
-        a_to[n] = a[j];
-        b_to[n] = b[j];
-        n += b[j] != 0;
-    }
-    return n;
+    return lane_bits((vec32)(v == 0)) ^ ((UINT32_C(1) << LANES32) - 1);
 #endif
 }
 
