@@ -189,15 +189,13 @@ def print_kernels(dtype, records):
 
 def explanations(records):
     """A sentence for each kernel that is far from its limit, in memory and with all threads."""
-    config = cases.shapes("roofline")
     most = max((r["threads"] for r in records), default=1)
-    for kernel in config["kernel"]:
+    for kernel in cases.shapes("roofline")["kernel"]:
         mine = [r for r in records if (r["kernel"], r["level"], r["threads"]) == (kernel["name"], "memory", most)]
         far = {r["dtype"]: r for r in mine if r["ratios"]["kernel / limit"]["median"] > FAR}
         what = ", ".join(f"{d} {r['ratios']['kernel / limit']['median']:.2f}x, {bound(r)}" for d, r in far.items())
-        more = [text for dtype, text in config["slower"].get(kernel["op"], {}).items() if dtype in far]
         if far:
-            yield " ".join([f"{kernel['name']} ({what}): {kernel['slower']}", *more])
+            yield f"{kernel['name']} ({what}): {kernel['slower']}"
 
 
 def markdown(result):
