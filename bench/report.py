@@ -23,7 +23,7 @@ from bench.output import console
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "compare": [],
-    "train_step": [],
+    "train_step": ["--neighbour"],
     "accuracy": [],
     "roofline": [],
     "scaling": ["--neighbour", "--stores"],

@@ -12,10 +12,8 @@ thread that shares its CPU may wait for a whole time slice.  So the slowest call
 which size on stores around the cache win.  Built in is the size of the last-level cache.
 """
 
-import contextlib
 import functools
 import signal
-import subprocess
 import sys
 import time
 
@@ -197,21 +195,6 @@ def pay_from_lines(result):
 
 # ---- A busy neighbour ------------------------------------------------------------------------------------------------
 
-# It ends by itself after ten minutes, in case this process is killed before it can end it.
-BUSY = "import time\nend = time.monotonic() + 600\nwhile time.monotonic() < end: pass"
-
-
-@contextlib.contextmanager
-def neighbour():
-    """A process that computes; it is stopped at first (SIGSTOP, SIGCONT)."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY])
-    process.send_signal(signal.SIGSTOP)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
 
 def times_of(call, seconds):
     """The times of calls, one after the other, for this many seconds."""
@@ -227,7 +210,7 @@ def beside_neighbour(name, nbytes, args):
     """The distribution of the time, without and with the neighbour in turns, over the median of one thread without."""
     call, _ = call_of(name, nbytes, args.dtype)
     times = {(n, busy): [] for busy in (False, True) for n in args.threads}
-    with neighbour() as process:
+    with timing.neighbour() as process:
         for _ in range(3):
             for (n, busy), kept in times.items():
                 process.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)

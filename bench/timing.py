@@ -1,6 +1,10 @@
 """Interleaved timing, and summaries of the samples."""
 
+import contextlib
 import math
+import signal
+import subprocess
+import sys
 import time
 import timeit
 
@@ -80,6 +84,35 @@ def take_turns(samplers, args, pairs=()):
 
 def ratio(samples, a, b):
     return np.array(samples[a]) / np.array(samples[b])
+
+
+# It ends by itself after ten minutes, in case this process is killed before it can end it.
+BUSY = "import time\nend = time.monotonic() + 600\nwhile time.monotonic() < end: pass"
+
+
+@contextlib.contextmanager
+def neighbour():
+    """A process that computes; it is stopped at first (SIGSTOP, SIGCONT)."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def beside(process, call):
+    """The call while a stopped process goes on."""
+
+    def busy():
+        process.send_signal(signal.SIGCONT)
+        try:
+            call()
+        finally:
+            process.send_signal(signal.SIGSTOP)
+
+    return busy
 
 
 def summary(samples):

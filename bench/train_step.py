@@ -1,10 +1,11 @@
 """Time one jitted training step of Flax models: without dropout, with Flax's layers, and after pyreg.nnx.convert.
 
-    python -m bench train_step [--quick] [--models transformer-256] [--rounds 20]
+    python -m bench train_step [--quick] [--models transformer-256] [--rounds 20] [--neighbour]
 
 The variants take turns.  A ratio is taken within each turn, and the table has the medians.  The model with Flax's
 layers is also run under pyreg.jax.accelerate_random().  Without dropout, a CNN still has Flax's batch-norm.  The
-parameters after five steps are compared bit for bit with those that Flax's layers lead to.
+parameters after five steps are compared bit for bit with those that Flax's layers lead to.  --neighbour also times each
+step while another process computes all the time.
 """
 
 import contextlib
@@ -76,9 +77,17 @@ def measure(model, args):
     for name, variant in variants.items():
         variant["difference from Flax"] = difference(after[name], after["Flax"])
     pairs = [(name, "off") for name in steps]
-    times = timing.compared(timing.interleave(steps, args, pairs), pairs)
+    with timing.neighbour() as process:
+        if args.neighbour:
+            pairs += [(busy(name), name) for name in steps]
+            steps |= {busy(name): timing.beside(process, step) for name, step in steps.items()}
+        times = timing.compared(timing.interleave(steps, args, pairs), pairs)
     about = {**MODELS[model]._asdict(), "kind": MODELS[model].kind.__name__}
     return {"model": model, **about, **times, "variants": variants}
+
+
+def busy(name):
+    return f"{name}, beside a busy process"
 
 
 def compared(name):
@@ -89,6 +98,15 @@ def compared(name):
 def bits_text(variant):
     difference = variant["difference from Flax"]
     return "Flax's bits" if difference == 0 else f"{difference:.1e} away"
+
+
+def has_neighbour(record):
+    return f"{busy('off')} / off" in record["ratios"]
+
+
+def neighbour_text(record, name):
+    """How much longer a step takes beside a busy process, if that was measured."""
+    return [output.ratio_text(record["ratios"][f"{busy(name)} / {name}"])] if has_neighbour(record) else []
 
 
 def print_model(record):
@@ -102,10 +120,12 @@ def print_model(record):
                 time_text(variant["compile seconds"]),
                 f"{variant['temporary bytes'] / 2**20:.0f} MiB",
                 bits_text(variant) if compared(name) else "",
+                *neighbour_text(record, name),
             ]
         )
     sizes = ", ".join(f"{name} {record[name]}" for name in ("width", "depth", "rate", "shape"))
     header = ["layers", "step", "/ off", "compile", "temporary", "parameters after 5 steps"]
+    header += ["busy / idle"] * has_neighbour(record)
     output.print_table(f"{record['model']}: {sizes}", header, rows)
 
 
@@ -129,10 +149,15 @@ def markdown(result):
     header = ["layers", *(t for r in records for t in (r["model"], "compile"))]
     bits = ", ".join(f"{r['model']} {bits_text(r['variants']['pyreg'])}" for r in records)
     where = f"{machine.title(result['machine'])}; {machine.versions(result['machine'], ('jax', 'flax'))}"
-    return (
+    text = (
         f"Time of a step over that without dropout, on {where}.\n\n{output.markdown_table(header, rows, left=1)}\n\n"
         f"Parameters after five steps with pyreg's layers, and with Flax's: {bits}."
     )
+    if not all(map(has_neighbour, records)):
+        return text
+    rows = [[name, *(t for r in records for t in neighbour_text(r, name))] for name in records[0]["variants"]]
+    table = output.markdown_table(["layers", *(r["model"] for r in records)], rows, left=1)
+    return f"{text}\n\nTime of a step beside a process that computes all the time, over that without:\n\n{table}"
 
 
 def plot(records, found, path):
@@ -152,6 +177,7 @@ def add_arguments(parser):
     parser.add_argument("--framework", default="flax", help="%(default)s; torch, linen, equinox, haiku, keras, others")
     parser.add_argument("--models", nargs="+", choices=MODELS, help=f"any of {', '.join(MODELS)}")
     parser.add_argument("--layers", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="off and Flax among them")
+    parser.add_argument("--neighbour", action="store_true", help="also with a busy process")
     timing.add_arguments(parser)
     parser.set_defaults(seconds=30.0)
 
