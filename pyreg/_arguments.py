@@ -231,7 +231,7 @@ def _overlaps_itself(x: Array) -> bool:
 def check_out(out: Any, x: Array, name: str = "x") -> None:
     if not isinstance(out, np.ndarray) or _is_masked(out):
         raise TypeError(f"out is a {type(out).__name__}; wanted a NumPy array")
-    if out.shape != x.shape or out.dtype.newbyteorder("=") != x.dtype:
+    if out.shape != x.shape or out.dtype.num != x.dtype.num:  # in any byte order
         raise ValueError(
             f"out has shape {out.shape} and dtype {out.dtype}; wanted those of {name}: {x.shape} and {x.dtype}"
         )

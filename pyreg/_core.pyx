@@ -62,12 +62,14 @@ cdef int use_asked_threads() except -1:
 
 # ---- Arrays, fast: what _arguments.py asks about every argument of every call -----------------------------------------
 
-cdef int bfloat16_num = -1  # NumPy numbers the types of other packages as they are loaded
+cdef int bfloat16_num = -2  # NumPy numbers the types of other packages as they are loaded; -2: none yet
 
 
 def set_bfloat16(dtype):
+    """To the type of a package.  NumPy does not number those of the new kind: all of them have -1."""
     global bfloat16_num
-    bfloat16_num = dtype.num
+    if dtype.num >= 0:
+        bfloat16_num = dtype.num
 
 
 def dtype_code(x):
@@ -211,6 +213,12 @@ cdef void allow_threads(int max_threads, bint team) noexcept:
     pyreg_use_team(team)
 
 
+cdef int num_dims(object shape) except -1:
+    if len(shape) > PYREG_MAX_DIMS:
+        raise ValueError(f"an array has {len(shape)} dims; wanted at most {PYREG_MAX_DIMS}")
+    return <int>len(shape)
+
+
 cdef int set_ints(object ints, int n, int64_t unit, int64_t *out) except -1:
     """A tuple of n ints, in units, for C; torch.Size is one, too."""
     cdef int d
@@ -253,7 +261,7 @@ def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint6
     mask_strides: as there, or None for C order.  max_threads: that it allows; team: are OpenMP's to help?"""
     cdef int64_t[PYREG_MAX_DIMS] lengths, of_x, of_y, of_mask
     cdef int64_t size = size_of(dtype)
-    cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS)
+    cdef int ndim = num_dims(shape)
     cdef pyreg_status status
     set_ints(shape, ndim, 1, lengths)
     set_ints(x_strides, ndim, size, of_x)
@@ -276,7 +284,7 @@ def dropout_at(int dtype, size_t x, size_t y, shape, x_strides, y_strides, uint6
 def array_at(int dtype, size_t address, shape, strides, owner):
     """An array on memory of another library, which the owner keeps; strides in elements.  bfloat16 is there as int16."""
     cdef int64_t[PYREG_MAX_DIMS] lengths, bytes_
-    cdef int ndim = <int>min(<Py_ssize_t>len(shape), <Py_ssize_t>PYREG_MAX_DIMS)
+    cdef int ndim = num_dims(shape)
     cdef int num = (NUMPY_FLOAT32 if dtype == PYREG_F32 else NUMPY_FLOAT64 if dtype == PYREG_F64
                     else NUMPY_FLOAT16 if dtype == PYREG_F16 else NUMPY_INT16)
     set_ints(shape, ndim, 1, lengths)

@@ -56,6 +56,7 @@ def test_layouts_and_constants_are_those_of_numpy(tmp_path):
                 f'_Static_assert(offsetof({ours}, {a}) == offsetof({theirs}, {b}), "offset of {theirs}.{b}");',
                 f'_Static_assert(sizeof((({ours} *)0)->{a}) == sizeof((({theirs} *)0)->{b}), "size of {theirs}.{b}");',
             ]
+    lines.append('_Static_assert(sizeof(*((numpy_array *)0)->shape) == sizeof(npy_intp), "size of a length");')
     lines += [
         f'_Static_assert((int)NUMPY_{ours} == (int)NPY_{theirs}, "{ours}");' for ours, theirs in CONSTANTS.items()
     ]
@@ -99,3 +100,24 @@ except ImportError as error:
     print(error)
 """
     assert python(program) == "pyreg knows the arrays of NumPy 1 and 2, and this NumPy's are of version 3"
+
+
+@pytest.mark.parametrize("call", ["dropout(new, key=1)", "dropout(x, key=1, out=new)", "batch_norm(x, out=new)"])
+def test_types_that_numpy_does_not_number_are_refused(call):
+    """Not taken for bfloat16, before that is known."""
+    program = f"""
+import numpy as np, pyreg
+try:
+    import numpy._core._multiarray_umath as umath
+except ImportError:
+    import numpy.core._multiarray_umath as umath
+x = np.ones((4, 3))
+new = x.astype(umath._get_sfloat_dtype()())
+assert new.dtype.num == -1
+try:
+    pyreg.{call}
+except (TypeError, ValueError) as error:
+    print(error)
+"""
+    what = "x has" if "new," in call else "out has"
+    assert python(program).startswith(what)

@@ -668,3 +668,10 @@ def assert_dropout_of_sample(name, sample, got, want):
     kept = mask(x.shape, p, drawn(0)[0], tuple(range(2, x.dim())) if dims else ())
     assert_bits(got[0], dropped(x, p, kept))
     assert_bits(got[1], dropped(torch.ones_like(x), p, kept))
+
+
+def test_more_dims_than_numpy_has_are_refused():
+    x = torch.ones([1] * 66 + [2, 3]).transpose(-1, -2)
+    for op in (lambda: pyreg.torch.dropout(x, 0.5), lambda: pyreg.torch.batch_norm(x, None, None, training=True)):
+        with pytest.raises(ValueError, match="68 dims; wanted at most 64"):
+            op()
