@@ -17,7 +17,7 @@ from test_jax import rates, seeds, shapes
 
 import pyreg
 import pyreg.jax
-from pyreg.jax import _backend, _dropout
+from pyreg.jax import _backend
 
 jnp, lax = jax.numpy, jax.lax
 checkify, jet = pytest.importorskip("jax.experimental.checkify"), pytest.importorskip("jax.experimental.jet")
@@ -27,12 +27,6 @@ HAS_FLATBUFFERS = importlib.util.find_spec("flatbuffers") is not None  # else JA
 def dropout(rate, dims=(), impl="auto"):
     """The op as a function of x and a key, as flax_dropout makes one."""
     return lambda x, key: pyreg.jax.dropout(x, rate, key=key, broadcast_dims=dims, impl=impl)
-
-
-@pytest.fixture(autouse=True)
-def masks_of_few_bits_as_those_of_many(monkeypatch):
-    """The arrays of most tests are small, and are to be what they stand for."""
-    monkeypatch.setattr(_dropout, "FEW_BITS", 0)
 
 
 # ---- Programs --------------------------------------------------------------------------------------------------------
@@ -259,19 +253,15 @@ def test_backend(jax_backend):
     assert pyreg.show_config("dicts")["jax"].startswith(jax_backend)
 
 
-@pytest.mark.parametrize("few", [0, 24])
 @pytest.mark.parametrize("impl", ["auto", "philox"])
-def test_a_threefry_mask_is_drawn_once_for_both_passes(jax_backend, monkeypatch, impl, few):
-    """Unless its 24 bits are few."""
-    monkeypatch.setattr(_dropout, "FEW_BITS", few)
-
+def test_a_threefry_mask_is_drawn_once_for_both_passes(jax_backend, impl):
     def calls(f):
         text = jax.jit(f).lower(integers((4, 6)), jax.random.key(0)).compile().as_text()
         return [text.count(f'"pyreg_dropout{name}_v2"') for name in ("", "_mask", "_packed")]
 
     d, ffi = dropout(RATE, (), impl), jax_backend == "ffi"
     assert calls(d) == [ffi, 0, 0]
-    assert calls(jax.value_and_grad(loss(d))) == ([2 * ffi, 0, 0] if few or impl == "philox" else [0, ffi, 2 * ffi])
+    assert calls(jax.value_and_grad(loss(d))) == ([2 * ffi, 0, 0] if impl == "philox" else [0, ffi, 2 * ffi])
 
 
 @pytest.mark.parametrize("impl", ["auto", "philox"])
@@ -313,7 +303,7 @@ def value_and_vjp(d):
 
 
 @pytest.mark.parametrize("how", ["eager", "jit"])
-def test_flax(x64, how, monkeypatch):
+def test_flax(x64, how):
     """The values and gradients of Flax's Dropout, whatever the arguments."""
     transform, flax = (jax.jit, flax_dropout) if how == "jit" else (lambda f: f, eager_flax_dropout)
 
@@ -326,7 +316,6 @@ def test_flax(x64, how, monkeypatch):
         dtype = as_dtype(data.draw(st.sampled_from(["float32", "float16", "bfloat16"] + ["float64"] * x64)))
         assume(dtype != np.float16 or 1 - rate > 2e-5)  # else the scale is infinite, and Flax's gradient 0 * inf
         impl = data.draw(st.sampled_from(KEY_IMPLS))
-        monkeypatch.setattr(_dropout, "FEW_BITS", data.draw(st.sampled_from([0, 1024])))
         x, dy = (jnp.asarray(normal(shape, dtype, seed=seed + i)) for i in range(2))
         key = jax.random.key(seed, impl=impl)
         with jax.threefry_partitionable(partitionable):

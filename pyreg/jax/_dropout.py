@@ -163,22 +163,18 @@ def _mask_shape(inner: Sequence[int], mask: Mask) -> tuple[int, ...]:
 
 # ---- By kernel -------------------------------------------------------------------------------------------------------
 
-FEW_BITS = 1024  # are drawn again in the backward pass: that takes less time than XLA's call of one more kernel
-
 
 @_with_numbers
 def _native(x: jax.Array, words: jax.Array, numbers: jax.Array, *, reuse: bool, mask: Mask) -> Sequence[jax.Array]:
     whole = _mask_shape(x.shape[x.ndim - len(mask.broadcast) :], mask)
     window, generator = _window((0,) * len(whole), whole), arg.as_generator(mask.generator)
-    batch = tuple(n if n != 1 else m for n, m in zip(words.shape[:-1], numbers.shape[:-1], strict=True))
-    bits = math.prod((*batch, *whole))
-    if not mask.shared or mask.generator == "philox" or (isinstance(bits, int) and bits <= FEW_BITS):
+    if not mask.shared or mask.generator == "philox":  # whose bits cost no more than to read them
         return _call("pyreg_dropout_v2", x, words, numbers, window, reuse=reuse, generator=generator)
-    # The bits alone are one operation in forward and backward pass, so a program that has both makes them once: unless
-    # they take no more time than to read them does, as philox's, or are few.
+    # The bits alone are one operation in forward and backward pass, so a program that has both makes them once.
+    batch = tuple(n if n != 1 else m for n, m in zip(words.shape[:-1], numbers.shape[:-1], strict=True))
     packed = jax.ShapeDtypeStruct((*batch, arg.packed_bytes(math.prod(whole))), jnp.uint8)
-    made = jax.ffi.ffi_call("pyreg_dropout_mask_v2", packed)(words, numbers, window, generator=generator)
-    return _call("pyreg_dropout_packed_v2", x, made, numbers, window, reuse=reuse)
+    bits = jax.ffi.ffi_call("pyreg_dropout_mask_v2", packed)(words, numbers, window, generator=generator)
+    return _call("pyreg_dropout_packed_v2", x, bits, numbers, window, reuse=reuse)
 
 
 def _window(shard: Sequence[Any], whole: Sequence[Any]) -> jax.Array:
