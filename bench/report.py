@@ -178,6 +178,14 @@ def train_step(results):
     return train_step.markdown(results["train_step"])
 
 
+def train_step_neighbour(results):
+    from bench import train_step  # needs JAX
+
+    if not all(map(train_step.has_neighbour, results["train_step"]["records"])):
+        raise KeyError("neighbour")
+    return train_step.neighbour_markdown(results["train_step"])
+
+
 def train_step_torch(results):
     from bench import train_step_torch as command  # needs torch
 
@@ -196,6 +204,7 @@ PARTS = {
     **{f"compare {op}": lambda results, op=op: compare.markdown(results["compare"], op) for op in cases.OPS},
     "losses": losses,
     "train_step": train_step,
+    "train_step neighbour": train_step_neighbour,
     "train_step torch": train_step_torch,
     "train_step others": train_step_others,
     "imports": lambda results: imports.markdown(results["imports"]),

@@ -149,15 +149,17 @@ def markdown(result):
     header = ["layers", *(t for r in records for t in (r["model"], "compile"))]
     bits = ", ".join(f"{r['model']} {bits_text(r['variants']['pyreg'])}" for r in records)
     where = f"{machine.title(result['machine'])}; {machine.versions(result['machine'], ('jax', 'flax'))}"
-    text = (
+    return (
         f"Time of a step over that without dropout, on {where}.\n\n{output.markdown_table(header, rows, left=1)}\n\n"
         f"Parameters after five steps with pyreg's layers, and with Flax's: {bits}."
     )
-    if not all(map(has_neighbour, records)):
-        return text
+
+
+def neighbour_markdown(result):
+    """The table of the documentation: the time beside a busy process over that without."""
+    records = result["records"]
     rows = [[name, *(t for r in records for t in neighbour_text(r, name))] for name in records[0]["variants"]]
-    table = output.markdown_table(["layers", *(r["model"] for r in records)], rows, left=1)
-    return f"{text}\n\nTime of a step beside a process that computes all the time, over that without:\n\n{table}"
+    return output.markdown_table(["layers", *(r["model"] for r in records)], rows, left=1)
 
 
 def plot(records, found, path):
@@ -190,4 +192,7 @@ def run(args):
         print_model(records[-1])
     output.finish(args, found, records, lambda path: plot(records, found, path))
     if args.markdown:
-        print(f"\n{markdown({'machine': found, 'records': records})}")
+        result = {"machine": found, "records": records}
+        print(f"\n{markdown(result)}")
+        if args.neighbour:
+            print(f"\n{neighbour_markdown(result)}")

@@ -11,7 +11,8 @@
 #include <string.h>
 
 typedef struct {
-    PyObject_HEAD PyTypeObject *scalar;
+    PyObject head;
+    PyTypeObject *scalar;
     char kind, letter, byteorder, flags;
     int num;
     union {
@@ -26,7 +27,8 @@ typedef struct {
 } numpy_dtype;
 
 typedef struct {
-    PyObject_HEAD char *data;
+    PyObject head;
+    char *data;
     int ndim;
     int64_t *shape, *strides; /* strides in bytes; NumPy's npy_intp, of 64 bits wherever this is built */
     PyObject *base;
