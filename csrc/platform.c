@@ -156,19 +156,19 @@ size_t platform_cache_bytes(void) {
 /* Two numbers of a cgroup file, "max" read as no limit; their ratio is a number of CPUs. */
 static double read_quota(const char *dir, const char *group, const char *quota_file, const char *period_file) {
     char path[640];
-    double quota = 0, period = 0;
+    long quota = 0, period = 0; /* musl's fscanf takes 8 KB of stack for a double */
     snprintf(path, sizeof path, "%s%s/%s", dir, group, quota_file);
     FILE *f = fopen(path, "r");
     if (!f) return INFINITY;
-    int got = fscanf(f, "%lf %lf", &quota, &period);
+    int got = fscanf(f, "%ld %ld", &quota, &period);
     fclose(f);
     if (period_file && got == 1) {
         snprintf(path, sizeof path, "%s%s/%s", dir, group, period_file);
         if (!(f = fopen(path, "r"))) return INFINITY;
-        got += fscanf(f, "%lf", &period);
+        got += fscanf(f, "%ld", &period);
         fclose(f);
     }
-    return got == 2 && quota > 0 && period > 0 ? quota / period : INFINITY;
+    return got == 2 && quota > 0 && period > 0 ? (double)quota / (double)period : INFINITY;
 }
 
 /* The tightest quota on the way from this process's cgroup to the root, v2 and v1. */
