@@ -77,8 +77,8 @@ def measure(model, args):
     for name, variant in variants.items():
         variant["difference from Flax"] = difference(after[name], after["Flax"])
     pairs = [(name, "off") for name in steps]
-    with timing.neighbour() as process:
-        if args.neighbour:
+    with timing.neighbour() if args.neighbour else contextlib.nullcontext() as process:
+        if process:
             pairs += [(busy(name), name) for name in steps]
             steps |= {busy(name): timing.beside(process, step) for name, step in steps.items()}
         times = timing.compared(timing.interleave(steps, args, pairs), pairs)
@@ -105,8 +105,8 @@ def has_neighbour(record):
 
 
 def neighbour_text(record, name):
-    """How much longer a step takes beside a busy process, if that was measured."""
-    return [output.ratio_text(record["ratios"][f"{busy(name)} / {name}"])] if has_neighbour(record) else []
+    """How much longer a step takes beside a busy process."""
+    return output.ratio_text(record["ratios"][f"{busy(name)} / {name}"])
 
 
 def print_model(record):
@@ -120,7 +120,7 @@ def print_model(record):
                 time_text(variant["compile seconds"]),
                 f"{variant['temporary bytes'] / 2**20:.0f} MiB",
                 bits_text(variant) if compared(name) else "",
-                *neighbour_text(record, name),
+                *([neighbour_text(record, name)] if has_neighbour(record) else []),
             ]
         )
     sizes = ", ".join(f"{name} {record[name]}" for name in ("width", "depth", "rate", "shape"))
@@ -156,9 +156,9 @@ def markdown(result):
 
 
 def neighbour_markdown(result):
-    """The table of the documentation: the time beside a busy process over that without."""
+    """The table of the documentation: the time beside a busy process over that without.  KeyError: not measured."""
     records = result["records"]
-    rows = [[name, *(t for r in records for t in neighbour_text(r, name))] for name in records[0]["variants"]]
+    rows = [[name, *(neighbour_text(r, name) for r in records)] for name in records[0]["variants"]]
     return output.markdown_table(["layers", *(r["model"] for r in records)], rows, left=1)
 
 

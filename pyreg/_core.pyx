@@ -11,10 +11,8 @@ import os
 import threading
 from contextvars import ContextVar
 
-try:
-    from numpy._core._multiarray_umath import _ARRAY_API
-except ImportError:
-    from numpy.core._multiarray_umath import _ARRAY_API  # NumPy 1
+from numpy._core._multiarray_umath import _ARRAY_API  # which NumPy 1.26 has there, too
+
 numpy_use(_ARRAY_API)
 
 
@@ -315,7 +313,8 @@ def dropout_mask(size_t n, ndarray out not None, bint packed, int generator, uin
 cdef pyreg_batchnorm make_batchnorm(int dtype, ndarray x, int axis, double epsilon, bint relu, ndarray scale,
                                     ndarray bias) noexcept:
     return pyreg_batchnorm(
-        dtype=<pyreg_dtype>dtype, ndim=x.ndim, axis=axis, shape=x.shape, epsilon=epsilon, relu=relu, scale=array_of(scale).data, bias=array_of(bias).data)
+        dtype=<pyreg_dtype>dtype, ndim=x.ndim, axis=axis, shape=x.shape, epsilon=epsilon, relu=relu,
+        scale=array_of(scale).data, bias=array_of(bias).data)
 
 
 cdef int statistic_num(int dtype) noexcept:

@@ -106,11 +106,7 @@ except ImportError as error:
 def test_types_that_numpy_does_not_number_are_refused(call):
     """Not taken for bfloat16, before that is known."""
     program = f"""
-import numpy as np, pyreg
-try:
-    import numpy._core._multiarray_umath as umath
-except ImportError:
-    import numpy.core._multiarray_umath as umath
+import numpy as np, numpy._core._multiarray_umath as umath, pyreg
 x = np.ones((4, 3))
 new = x.astype(umath._get_sfloat_dtype()())
 assert new.dtype.num == -1

@@ -60,8 +60,6 @@ static INLINE_LONG struct digits compare_digits(const struct draw *draw, vec32 c
 struct ties {
     uint32_t element[MASK_WORDS];
     uint64_t some[MASK_WORDS / 64 + 1]; /* a bit for each word */
-    size_t count;
-    uint32_t word[MASK_WORDS + LANES32];
 };
 
 static inline void note_ties(struct ties *ties, vec32 equal, uint32_t word) {
@@ -69,12 +67,14 @@ static inline void note_ties(struct ties *ties, vec32 equal, uint32_t word) {
     ties->some[word / 64] |= (uint64_t)nonzero_bits(equal) << word % 64;
 }
 
-static void list_ties(struct ties *ties) {
-    ties->count = 0;
+/* The numbers of these words, and zeros to fill the last vector; returns how many they are. */
+static size_t list_ties(const struct ties *ties, uint32_t word[MASK_WORDS + LANES32]) {
+    size_t count = 0;
     for (uint32_t w = 0; w <= MASK_WORDS / 64; w++)
         for (uint64_t some = ties->some[w]; some; some &= some - 1)
-            ties->word[ties->count++] = 64 * w + (uint32_t)__builtin_ctzll(some);
-    memset(ties->word + ties->count, 0, LANES32 * sizeof *ties->word); /* to fill the last vector */
+            word[count++] = 64 * w + (uint32_t)__builtin_ctzll(some);
+    memset(word + count, 0, LANES32 * sizeof *word);
+    return count;
 }
 
 /* Digits 16 and on, one word at a time: wanted once in 256 words of 32 elements that tie, themselves one in nine. */
@@ -90,17 +90,18 @@ static void resolve_word(const struct draw *draw, uint64_t counter, uint32_t ele
     }
 }
 
-static void resolve(const struct draw *draw, uint64_t first, struct ties *ties, uint32_t *keep) {
-    list_ties(ties);
-    for (size_t n = 0; n < ties->count; n += LANES32) { /* what lies past the count is computed and not used */
+static void resolve(const struct draw *draw, uint64_t first, const struct ties *ties, uint32_t *keep) {
+    uint32_t words[MASK_WORDS + LANES32];
+    const size_t count = list_ties(ties, words);
+    for (size_t n = 0; n < count; n += LANES32) { /* what lies past the count is computed and not used */
         vec32 word;
-        memcpy(&word, ties->word + n, sizeof word);
+        memcpy(&word, words + n, sizeof word);
         struct digits d = compare_digits(draw, word + (uint32_t)first, (uint32_t)(first >> 32), 2, true);
         uint32_t less[LANES32], equal[LANES32];
         memcpy(less, &d.less, sizeof less);
         memcpy(equal, &d.equal, sizeof equal);
-        for (size_t j = 0; j < LANES32 && n + j < ties->count; j++) {
-            uint32_t at = ties->word[n + j], element = ties->element[at];
+        for (size_t j = 0; j < LANES32 && n + j < count; j++) {
+            uint32_t at = words[n + j], element = ties->element[at];
             keep[at] &= ~(element & less[j]);
             if (element & equal[j]) resolve_word(draw, first + at, element & equal[j], keep + at);
         }
