@@ -236,26 +236,32 @@ static ALWAYS_INLINE void sweep(const struct bn_block *b, const struct bn_coeffi
         sweep_block(b, c, backward, relu, masked, residual, false, false);
 }
 
+/* Each set of operands in a function of its own: all loops in one would have the stack of all, for vectors that spill. */
+#define SWEEP(name, backward, relu, masked, residual)                                                                  \
+    static NOINLINE void name(const struct bn_block *b, const struct bn_coefficients *k) {                             \
+        sweep(b, k, backward, relu, masked, residual);                                                                 \
+    }
+SWEEP(sweep_y, false, b->relu, false, false)
+SWEEP(sweep_y_residual, false, b->relu, false, true)
+SWEEP(sweep_dx, true, false, false, false)
+SWEEP(sweep_dx_relu, true, true, false, false)
+SWEEP(sweep_dx_relu_residual, true, true, false, true)
+SWEEP(sweep_dx_masked, true, b->relu, b->of[BN_MASK].at, b->of[BN_DRESIDUAL].at) /* rare: asks at each element */
+#undef SWEEP
+
 /* y = gain * (x - centre) + offset [+ residual], [0 where below] */
 static void bn_normalise(const struct bn_block *b, const struct bn_coefficients *k) {
-    if (b->of[BN_RESIDUAL].at)
-        sweep(b, k, false, b->relu, false, true);
-    else
-        sweep(b, k, false, b->relu, false, false);
+    (b->of[BN_RESIDUAL].at ? sweep_y_residual : sweep_y)(b, k);
 }
 
 /* dx = gain * g + slope * (x - centre) + offset, dresidual = g, where g = dy, 0 where the ReLU's output y is not above
  * 0.  Elements outside the mask: dx = gain * g. */
 static void bn_differentiate(const struct bn_block *b, const struct bn_coefficients *k) {
     const bool masked = b->of[BN_MASK].at, residual = b->of[BN_DRESIDUAL].at;
-    if (!masked && !b->relu && !residual)
-        sweep(b, k, true, false, false, false);
-    else if (!masked && b->relu && !residual)
-        sweep(b, k, true, true, false, false);
-    else if (!masked && b->relu)
-        sweep(b, k, true, true, false, true);
-    else /* rare: which operands there are is found out at each element */
-        sweep(b, k, true, b->relu, masked, residual);
+    if (masked || (residual && !b->relu))
+        sweep_dx_masked(b, k);
+    else
+        (residual ? sweep_dx_relu_residual : b->relu ? sweep_dx_relu : sweep_dx)(b, k);
 }
 
 /* What bn_differentiate does where there is a slope, else bn_normalise, in double: for coefficients and differences
