@@ -55,7 +55,8 @@ static void dropout_tile(const struct dropout *op, struct mask_span *span, const
     } else if (op->what == DROP_ALL) {
         memset(y, 0, n * op->size);
     } else if (op->what == DRAW && op->rows.neighbours) {
-        size_t at = mask_span_cover(span, index + j, n);
+        const struct upcoming next = {x, op->rows.contiguous ? n * op->size : 0};
+        size_t at = mask_span_cover(span, index + j, n, next);
         op->kernels->dropout(x, y, n, span->keep + at / 32, at % 32, op->scale, stream);
     } else {
         uint32_t keep[GATHERED_WORDS] = {0};
@@ -132,7 +133,7 @@ enum pyreg_status pyreg_dropout(const struct pyreg_dropout *args) {
     const bool fast = args->mask.generator == PYREG_PHILOX || args->mask.generator == PYREG_PACKED;
     const size_t worth = op.what != DRAW ? 0 : fast ? 3 * MASK_GROUP / 8 : 3 * MASK_GROUP / 4;
     rows_plan(&op.rows, args, op.size, worth);
-    /* Short where bits take longer than memory: the loop that applies them prefetches what the next ones will need. */
+    /* Short where bits take long: the CPU then has a tile's writes on their way while it makes the bits of the next. */
     op.tile = op.rows.neighbours && !op.rows.shared && !fast ? MASK_GROUP : MASK_TILE;
     const size_t bytes = elements * op.size;
     op.stream = op.rows.contiguous && op.what == DRAW && op.x != op.y && (uintptr_t)op.y % op.size == 0 &&
@@ -184,7 +185,7 @@ static void mask_chunk(void *work, size_t chunk, void *scratch) {
     size_t j = chunk * MASK_CHUNK, end = at_most(j + MASK_CHUNK, op->n);
     for (size_t n; j < end; j += n) {
         n = at_most(end - j, MASK_TILE);
-        const size_t at = mask_span_cover(&span, op->offset + j, n), whole = n / 32;
+        const size_t at = mask_span_cover(&span, op->offset + j, n, NOTHING), whole = n / 32;
         const uint32_t *keep = span.keep + at / 32;
         const uint32_t last = keep_word(keep, at % 32, whole) & ((UINT32_C(1) << n % 32) - 1);
         if (op->packed) {

@@ -11,7 +11,7 @@ enum { MASK_CHUNK = 16 * MASK_TILE };
 /* Where the bits of a mask come from. */
 struct mask_source {
     struct draw draw;
-    void (*make)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
+    make_bits *make;
 };
 enum pyreg_status mask_source_init(struct mask_source *source, const struct pyreg_mask *mask);
 
@@ -25,7 +25,7 @@ struct mask_span {
 void mask_span_init(struct mask_span *span, const struct mask_source *source);
 
 /* Puts the bits of [index, index + n) into the span, n <= MASK_TILE, and returns the position of the first. */
-size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n);
+size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n, struct upcoming next);
 
 /* The bits of a row's elements: element j has bit j / run * step + j % run * run_step. */
 struct mask_row {

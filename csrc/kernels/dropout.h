@@ -20,11 +20,9 @@ static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t
 static inline void dropout_words(const elem_t *x, elem_t *y, size_t n, const uint32_t *keep, unsigned shift,
                                  acc_t scale, bool ties, bool stream) {
     size_t j = 0;
-    for (; j + WORD <= n; j += WORD) {
-        for (size_t b = 0; b < WORD * sizeof(elem_t); b += LINE_BYTES) {
-            __builtin_prefetch((const char *)(x + j) + b + PREFETCH_BYTES);
-            if (!stream) __builtin_prefetch((const char *)(y + j) + b + PREFETCH_BYTES, 1);
-        }
+    for (; j + WORD <= n; j += WORD) { /* x was asked for while its bits were made */
+        for (size_t b = 0; b < WORD * sizeof(elem_t) && !stream; b += LINE_BYTES)
+            __builtin_prefetch((const char *)(y + j) + b + PREFETCH_BYTES, 1);
         uint32_t kept = keep_word(keep, shift, j / WORD);
         if (stream) {
             elem_t line[WORD] __attribute__((aligned(LINE_BYTES)));

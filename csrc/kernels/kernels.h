@@ -15,9 +15,15 @@
  * Generators make whole groups, the most that one vector of any instruction set holds, up to MASK_WORDS at once. */
 enum { MASK_GROUP = 512, MASK_TILE = 4096, MASK_WORDS = (MASK_TILE + MASK_GROUP) / 32 };
 
-/* dropout() asks for cache lines, also those that it will write, this far ahead: while a tile's bits are made nothing
- * else is in flight, and the hardware's own prefetcher stops at page ends. */
+/* Loops ask for cache lines this far ahead where the hardware's own prefetcher stops, at page ends. */
 enum { PREFETCH_BYTES = 4096 };
+
+/* What will be read next: loops that make bits ask for it meanwhile, because memory has nothing else to do then. */
+struct upcoming {
+    const char *at;
+    size_t bytes;
+};
+#define NOTHING ((struct upcoming){NULL, 0})
 
 /* 32 bits of a row that starts `shift` bits into keep[]: word j of it. */
 static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
@@ -35,13 +41,14 @@ struct draw {
     size_t num_bytes;
 };
 
-/* Loops that make mask bits: one table per instruction set.  `first` is the index of word 0's element 0 divided by 32;
+/* Makes mask bits.  `first` is the index of word 0's element 0 divided by 32;
  * `words` is a multiple of MASK_GROUP / 32; keep[] is aligned to 64 bytes. */
+typedef void make_bits(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next);
+
+/* One table per instruction set. */
 struct mask_kernels {
     void (*prepare)(struct draw *draw); /* fills in the fields below `limit` */
-    void (*philox)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
-    void (*threefry)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
-    void (*threefry_x64)(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep);
+    make_bits *philox, *threefry, *threefry_x64;
     /* The generators alone: one block, computed as the loops above do. */
     void (*philox_block)(const uint32_t key[2], const uint32_t counter[4], uint32_t out[4]);
     void (*threefry_block)(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]);

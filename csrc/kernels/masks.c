@@ -1,4 +1,5 @@
 /* Mask bits from counters.  Compiled once per instruction set (PYREG_ISA); exports one table. */
+#include "../arith.h"
 #include "kernels.h"
 #include "philox.h"
 #include "threefry.h"
@@ -108,19 +109,29 @@ static void resolve(const struct draw *draw, uint64_t first, const struct ties *
     }
 }
 
-static void philox(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
+/* The lines of one of equal shares, in order. */
+static inline void ask_for(struct upcoming *next, size_t share) {
+    const char *end = next->at + share;
+#pragma GCC unroll 4
+    for (const char *line = next->at; line < end; line += LINE_BYTES) __builtin_prefetch(line);
+    next->at = end;
+}
+
+static void philox(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next) {
     const uint64_t before_carry = (UINT64_C(1) << 32) - (uint32_t)first;
     if (words > before_carry) { /* the loops below take the counter's high half as fixed */
         const size_t same_high = (size_t)before_carry;
-        philox(draw, first, same_high, keep);
-        philox(draw, first + same_high, words - same_high, keep + same_high);
+        philox(draw, first, same_high, keep, next);
+        philox(draw, first + same_high, words - same_high, keep + same_high, NOTHING);
         return;
     }
     struct ties ties;
     memset(ties.some, 0, sizeof ties.some);
     bool eight = draw->limit << 4, more = draw->limit << 8;
     vec32 counter = lane_numbers() + (uint32_t)first;
+    const size_t share = next.bytes / (words / LANES32);
     for (uint32_t w = 0; w < words; w += LANES32, counter += LANES32) {
+        ask_for(&next, share);
         struct digits d = eight ? compare_digits(draw, counter, (uint32_t)(first >> 32), 0, true)
                                 : compare_digits(draw, counter, (uint32_t)(first >> 32), 0, false);
         *(vec32 *)(keep + w) = ~d.less;
@@ -154,23 +165,23 @@ static ALWAYS_INLINE void threefry_bits(const struct draw *draw, uint64_t index,
     for (int c = 0; c < CHAINS; c++) {
         const int at = c * LANES32;
         uint32_t kept;
-        if (x64) { /* 52 bits against limit - 1, in three parts because compares are of 31 bits */
-            uint64_t last = draw->limit - 1;
-            vec32 a = s.x0[c] >> 16, b = s.x0[c] & 0xffff, d = s.x1[c] >> 12;
-            vec32 last_a = splat32((uint32_t)(last >> 36)), last_b = splat32((uint32_t)(last >> 20) & 0xffff);
-            vec32 last_d = splat32((uint32_t)last & 0xfffff);
-            uint32_t rest = less_bits(b, last_b) | (~less_bits(last_b, b) & ~less_bits(last_d, d));
-            kept = less_bits(a, last_a) | (~less_bits(last_a, a) & rest);
+        if (x64) { /* in two halves; of the low one, 12 bits do not matter */
+            const uint64_t last = (draw->limit << 12) - 1;
+            const vec32 high = splat32((uint32_t)(last >> 32)), low = splat32((uint32_t)last);
+            kept = ~at_most_bits(high, s.x0[c]) | (at_most_bits(s.x0[c], high) & at_most_bits(s.x1[c], low));
             kept &= (uint32_t)((UINT64_C(1) << LANES32) - 1);
-        } else {
-            kept = less_bits((s.x0[c] ^ s.x1[c]) >> 9, splat32((uint32_t)draw->limit));
+        } else { /* of which 9 bits do not matter */
+            kept = at_most_bits(s.x0[c] ^ s.x1[c], splat32((uint32_t)(draw->limit << 9) - 1));
         }
         bits[at / 64] |= (uint64_t)kept << at % 64;
     }
 }
 
-static inline void threefry_words(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, bool x64) {
+static inline void threefry_words(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep,
+                                  struct upcoming next, bool x64) {
+    const size_t share = next.bytes / (words / (SPAN / 32));
     for (size_t w = 0; w < words; w += SPAN / 32) {
+        ask_for(&next, share);
         uint64_t bits[SPAN / 64] = {0};
         for (uint32_t j = 0; j < SPAN; j += STEP) {
             uint64_t part[SPAN / 64] = {0};
@@ -184,12 +195,12 @@ static inline void threefry_words(const struct draw *draw, uint64_t first, size_
     }
 }
 
-static void threefry(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
-    threefry_words(draw, first, words, keep, false);
+static void threefry(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next) {
+    threefry_words(draw, first, words, keep, next, false);
 }
 
-static void threefry_x64(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep) {
-    threefry_words(draw, first, words, keep, true);
+static void threefry_x64(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next) {
+    threefry_words(draw, first, words, keep, next, true);
 }
 
 static void threefry_block(const uint32_t key[2], const uint32_t counter[2], uint32_t out[2]) {

@@ -143,13 +143,12 @@ static inline uint32_t lane_bits(vec32 mask) {
 }
 #endif
 
-/* Bit j = (a[j] < b[j]), for values below 2^31. */
-static inline uint32_t less_bits(vec32 a, vec32 b) {
+/* Bit j = (a[j] <= b[j]). */
+static inline uint32_t at_most_bits(vec32 a, vec32 b) {
 #if defined(__AVX512F__)
-    return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b);
+    return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b);
 #else
-    typedef int32_t vec32s __attribute__((vector_size(VEC_BYTES))); /* x86 compares signed numbers only */
-    return lane_bits((vec32)((vec32s)a < (vec32s)b));
+    return lane_bits((vec32)(a <= b));
 #endif
 }
 
