@@ -3,13 +3,17 @@
 #include "platform.h"
 #include "pyreg.h"
 
+/* The last-level caches of today have 2 to 12 MB for each CPU.  A virtual machine with a few CPUs is shown its host's
+ * whole cache, which it shares with others. */
+enum { CACHE_OF_CPU = 16 << 20 };
+
 static size_t cache_bytes; /* 0: not read yet; every thread reads the same value */
 
 size_t pyreg_cache_bytes(void) {
     size_t b = __atomic_load_n(&cache_bytes, __ATOMIC_RELAXED);
     if (!b) {
-        const size_t read = platform_cache_bytes();
-        b = read ? read : (size_t)8 << 20;
+        const size_t read = platform_cache_bytes(), cpus = (size_t)platform_cpus();
+        b = read == 0 ? (size_t)8 << 20 : read / CACHE_OF_CPU < cpus ? read : cpus * CACHE_OF_CPU;
         __atomic_store_n(&cache_bytes, b, __ATOMIC_RELAXED);
     }
     return b;
