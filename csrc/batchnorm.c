@@ -538,7 +538,7 @@ static enum pyreg_status run(struct batchnorm *bn, const struct operand *sums, c
     for (int k = 0; k < BN_OPERANDS; k++) bytes += elements * bn->sweep->size[k];
     bn->stream = machine_stores_around(bytes);
 
-    struct phase phases[3];
+    struct phase phases[MAX_PHASES];
     size_t num = 0;
     const double work_ns = ns * (double)elements;
     const size_t threads = parallel_pays(work_ns) ? (size_t)pyreg_get_num_threads() : 1;

@@ -40,6 +40,8 @@ static void fp_set(fp_mode m) { fesetenv(&m); }
 #endif
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------- */
+enum { MAX_PARTS = 16 }; /* of a phase: one for each thread, or shared by a few */
+
 struct call {
     const struct phase *phases;
     size_t chunks; /* of all phases, counted on from one phase to the next */
@@ -51,12 +53,14 @@ struct call {
     const struct pyreg_pool *pool; /* whose threads help; NULL: ours */
 
     atomic_size_t next, done; /* chunks claimed, and finished */
-    atomic_bool stop;         /* the interrupt check said so */
-    uint64_t ask_at;          /* when to ask it again */
+    int parts;
+    atomic_size_t taken[MAX_PHASES][MAX_PARTS]; /* chunks of each part, or more than there are */
+    atomic_bool stop;                           /* the interrupt check said so */
+    uint64_t ask_at;                            /* when to ask it again */
 
     atomic_uint turn;    /* futex: changes when a phase ends and when the helpers have left */
     atomic_bool held;    /* helpers shall leave: the caller forks */
-    int helpers;         /* at work; under the lock, as are */
+    int helpers, helped; /* at work, and ever; under the lock, as are */
     void *scratch;       /* that no helper has: the first bytes of each say where the next one is */
     struct call *listed; /* the next of the calls in the list */
 };
@@ -94,16 +98,48 @@ bool parallel_stop(void) {
 }
 
 /* ---- Work -------------------------------------------------------------------------------------------------------- */
+
+/* Most waits are short, and to sleep and be woken takes as long, on a virtual machine up to 0.1 ms: so each begins with
+ * a look-out. */
+static const uint64_t look_out_ns = 50000;
+
+static void wait_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
+    const uint64_t until = clock_ns() + look_out_ns;
+    do
+        for (int k = 0; k < 16; k++) {
+            if (atomic_load_explicit(word, memory_order_relaxed) != value) return;
+#if defined(__x86_64__)
+            _mm_pause();
+#elif defined(__aarch64__)
+            __asm__ volatile("yield");
+#endif
+        }
+    while (clock_ns() < until);
+    sleep_while(word, value, longest_ns);
+}
+
 static void nap(struct call *call, unsigned turn) {
-    sleep_while(&call->turn, turn, ask_every_ns);
+    wait_while(&call->turn, turn, ask_every_ns);
     stopped(call); /* the caller asks while it waits, too */
 }
 
-static void work_on(struct call *call, void *scratch) {
+/* A chunk for a thread that has claimed one, no matter which: of its own part, or else of the next that has some. */
+static size_t take_chunk(struct call *call, size_t phase, int own_part) {
+    const size_t chunks = call->phases[phase].chunks, parts = (size_t)call->parts;
+    for (size_t part = (size_t)own_part % parts;; part = (part + 1) % parts) {
+        const size_t first = chunks * part / parts, end = chunks * (part + 1) / parts;
+        atomic_size_t *taken = &call->taken[phase][part];
+        if (atomic_load(taken) >= end - first) continue;
+        const size_t chunk = first + atomic_fetch_add(taken, 1);
+        if (chunk < end) return chunk;
+    }
+}
+
+static void work_on(struct call *call, int own_part, void *scratch) {
     for (size_t chunk = atomic_load(&call->next); chunk < call->chunks && !atomic_load(&call->held);) {
-        const struct phase *phase = call->phases;
-        size_t start = 0;
-        while (chunk - start >= phase->chunks) start += phase++->chunks;
+        size_t start = 0, p = 0;
+        while (chunk - start >= call->phases[p].chunks) start += call->phases[p++].chunks;
+        const struct phase *phase = &call->phases[p];
         unsigned turn = atomic_load(&call->turn);
         if (atomic_load(&call->done) < start) {
             if (!atomic_load(&call->held)) nap(call, turn);
@@ -111,7 +147,7 @@ static void work_on(struct call *call, void *scratch) {
             continue;
         }
         if (!atomic_compare_exchange_weak(&call->next, &chunk, chunk + 1)) continue;
-        if (!stopped(call)) phase->run(call->work, chunk - start, scratch);
+        if (!stopped(call)) phase->run(call->work, take_chunk(call, p, own_part), scratch);
         if (atomic_fetch_add(&call->done, 1) + 1 == start + phase->chunks) {
             atomic_fetch_add(&call->turn, 1);
             wake(&call->turn, INT_MAX);
@@ -123,7 +159,7 @@ static void work_on(struct call *call, void *scratch) {
 /* ---- Helpers ----------------------------------------------------------------------------------------------------- */
 static lock_t lock = LOCK_INITIALIZER; /* of all that follows, and held for moments only */
 static struct call *calls;             /* that helpers may work on */
-static int helpers, idle;
+static int helpers, idle, numbered;
 static atomic_uint news; /* futex: changes when there is work for the idle */
 
 static int at_work(void) {
@@ -149,14 +185,15 @@ static void give_scratch(struct call *call, void *scratch) {
     if (scratch) call->scratch = scratch;
 }
 
-/* The lock is held before and after. */
-static void help_with(struct call *call) {
+/* The caller has part 0.  The lock is held before and after. */
+static void help_with(struct call *call, int number) {
     call->helpers++;
+    call->helped++;
     void *scratch = take_scratch(call);
     lock_give(&lock);
     fp_set(call->mode);
     own_set(current, call);
-    work_on(call, scratch);
+    work_on(call, 1 + number % (call->threads->count - 1), scratch);
     own_set(current, NULL);
     lock_take(&lock);
     give_scratch(call, scratch);
@@ -178,13 +215,14 @@ static struct call *call_that_wants_help(void) {
 static void *help(void *unused) {
     struct cpus cpus = {{0}}; /* where this thread may run */
     lock_take(&lock);
+    const int number = numbered++;
     for (;;) {
         struct call *call = call_that_wants_help();
         if (!call) {
             unsigned seen = atomic_load(&news);
             idle++;
             lock_give(&lock);
-            sleep_while(&news, seen, 0);
+            wait_while(&news, seen, 0);
             lock_take(&lock);
             idle--;
             continue;
@@ -193,7 +231,7 @@ static void *help(void *unused) {
             cpus = call->threads->cpus;
             cpus_set_thread(&cpus);
         }
-        help_with(call);
+        help_with(call, number);
     }
     return unused;
 }
@@ -205,7 +243,7 @@ static void help_once(void *unused) {
     const fp_mode mode = fp_get();
     lock_take(&lock);
     struct call *call = call_that_wants_help();
-    if (call) help_with(call);
+    if (call) help_with(call, call->helped);
     lock_give(&lock);
     fp_set(mode);
 }
@@ -281,12 +319,12 @@ struct member {
 static void work_in_team(void *argument) {
     struct member *member = argument;
     if (thread_is_self(member->call->caller)) {
-        work_on(member->call, member->scratch);
+        work_on(member->call, 0, member->scratch);
         return;
     }
     const fp_mode mode = fp_get();
     lock_take(&lock);
-    help_with(member->call);
+    help_with(member->call, member->call->helped);
     lock_give(&lock);
     fp_set(mode);
 }
@@ -318,7 +356,7 @@ static void in_parent(void) {
 static void in_child(void) {
     lock = (lock_t)LOCK_INITIALIZER;
     calls = NULL;
-    helpers = idle = 0;
+    helpers = idle = numbered = 0;
     atomic_store(&forked, true);
     resume();
 }
@@ -358,6 +396,7 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
                         .work = work,
                         .mode = mode,
                         .threads = threads,
+                        .parts = threads->count < MAX_PARTS ? threads->count : MAX_PARTS,
                         .pool = own_get(pool),
                         .caller = thread_self(),
                         .outer = own_get(current),
@@ -371,7 +410,7 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
         threads_team(threads->count, work_in_team, &member);
     } else {
         if (threads->count > 1) call_helpers(&call);
-        work_on(&call, scratch);
+        work_on(&call, 0, scratch);
         if (threads->count > 1) dismiss_helpers(&call);
     }
     own_set(current, call.outer);

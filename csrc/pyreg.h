@@ -168,8 +168,8 @@ enum pyreg_status pyreg_batchnorm_backward(const struct pyreg_batchnorm_backward
  * Number of threads of the next call from this thread: pyreg_use_threads(n) of this thread if n > 0, else
  * pyreg_set_num_threads(n) if n > 0, else what OpenMP, the CPU affinity and the cgroup CPU quota allow.  A number that
  * OpenMP is given after loading, as threadpoolctl does, is a limit in every case, but not noticed if it equals the one
- * at loading.  Small calls run serially.  The threads that help are the library's own; all calls share them, and they
- * sleep between calls.  Where the system refuses another one, those that there are do the work.
+ * at loading.  Small calls run serially.  The threads that help are the library's own; all calls share them, and 50 us
+ * after a call they sleep.  Where the system refuses another one, those that there are do the work.
  *
  * A build without OpenMP heeds its OMP_NUM_THREADS, as it is when the library is loaded.
  *
