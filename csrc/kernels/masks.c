@@ -111,6 +111,7 @@ static void resolve(const struct draw *draw, uint64_t first, const struct ties *
 
 /* The lines of one of equal shares, in order. */
 static inline void ask_for(struct upcoming *next, size_t share) {
+    if (share == 0) return; /* at is NULL, and NULL + 0 is undefined */
     const char *end = next->at + share;
 #pragma GCC unroll 4
     for (const char *line = next->at; line < end; line += LINE_BYTES) __builtin_prefetch(line);
