@@ -50,21 +50,22 @@ struct dropout {
 /* n <= MASK_TILE elements, from j on, of a row whose mask bits start at `index`. */
 static void dropout_tile(const struct dropout *op, struct mask_span *span, const char *x, char *y, uint64_t index,
                          size_t j, size_t n, bool stream) {
+    const bool in_memory = op->rows.contiguous; /* else x is a tile that has just been filled */
     if (op->what == COPY) {
         if (y != x) memcpy(y, x, n * op->size);
     } else if (op->what == DROP_ALL) {
         memset(y, 0, n * op->size);
     } else if (op->what == DRAW && op->rows.neighbours) {
-        const struct upcoming next = {x, op->rows.contiguous ? n * op->size : 0};
-        size_t at = mask_span_cover(span, index + j, n, next);
-        op->kernels->dropout(x, y, n, span->keep + at / 32, at % 32, op->scale, stream);
+        struct upcoming next = {x, in_memory ? n * op->size : 0};
+        size_t at = mask_span_cover(span, index + j, n, &next);
+        op->kernels->dropout(x, y, n, span->keep + at / 32, at % 32, op->scale, next.bytes, stream);
     } else {
         uint32_t keep[GATHERED_WORDS] = {0};
         if (op->what == KEEP_ALL)
             memset(keep, 0xff, sizeof keep);
         else
             mask_gather(span, &op->rows.bits, index, j, n, keep);
-        op->kernels->dropout(x, y, n, keep, 0, op->scale, stream);
+        op->kernels->dropout(x, y, n, keep, 0, op->scale, in_memory, stream);
     }
 }
 
@@ -76,7 +77,7 @@ static void dropout_row(const struct dropout *op, struct mask_span *span, const 
         n = at_most(op->tile, end - j);
         size_t over =
             (uintptr_t)y % LINE_BYTES; /* long rows go on from a cache line: full speed, and streams need it */
-        if (over && end - j > MASK_TILE) n = (LINE_BYTES - over) / op->size;
+        if (over % op->size == 0 && over && end - j > MASK_TILE) n = (LINE_BYTES - over) / op->size;
         dropout_tile(op, span, x, y, index, j, n, op->stream && !over);
     }
 }
@@ -185,7 +186,7 @@ static void mask_chunk(void *work, size_t chunk, void *scratch) {
     size_t j = chunk * MASK_CHUNK, end = at_most(j + MASK_CHUNK, op->n);
     for (size_t n; j < end; j += n) {
         n = at_most(end - j, MASK_TILE);
-        const size_t at = mask_span_cover(&span, op->offset + j, n, NOTHING), whole = n / 32;
+        const size_t at = mask_span_cover(&span, op->offset + j, n, &NOTHING), whole = n / 32;
         const uint32_t *keep = span.keep + at / 32;
         const uint32_t last = keep_word(keep, at % 32, whole) & ((UINT32_C(1) << n % 32) - 1);
         if (op->packed) {

@@ -100,11 +100,11 @@ bool parallel_stop(void) {
 /* ---- Work -------------------------------------------------------------------------------------------------------- */
 
 /* Most waits are short, and to sleep and be woken takes as long, on a virtual machine up to 0.1 ms: so each begins with
- * a look-out. */
+ * a look-out, if that does not keep a thread that has work from its CPU. */
 static const uint64_t look_out_ns = 50000;
 
-static void wait_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
-    const uint64_t until = clock_ns() + look_out_ns;
+static void wait_while(atomic_uint *word, unsigned value, uint64_t longest_ns, bool crowded) {
+    const uint64_t until = crowded ? 0 : clock_ns() + look_out_ns;
     do
         for (int k = 0; k < 16; k++) {
             if (atomic_load_explicit(word, memory_order_relaxed) != value) return;
@@ -119,7 +119,7 @@ static void wait_while(atomic_uint *word, unsigned value, uint64_t longest_ns) {
 }
 
 static void nap(struct call *call, unsigned turn) {
-    wait_while(&call->turn, turn, ask_every_ns);
+    wait_while(&call->turn, turn, ask_every_ns, call->threads->crowded);
     stopped(call); /* the caller asks while it waits, too */
 }
 
@@ -216,13 +216,14 @@ static void *help(void *unused) {
     struct cpus cpus = {{0}}; /* where this thread may run */
     lock_take(&lock);
     const int number = numbered++;
+    bool crowded = false; /* in the last call */
     for (;;) {
         struct call *call = call_that_wants_help();
         if (!call) {
             unsigned seen = atomic_load(&news);
             idle++;
             lock_give(&lock);
-            wait_while(&news, seen, 0);
+            wait_while(&news, seen, 0, crowded);
             lock_take(&lock);
             idle--;
             continue;
@@ -231,6 +232,7 @@ static void *help(void *unused) {
             cpus = call->threads->cpus;
             cpus_set_thread(&cpus);
         }
+        crowded = call->threads->crowded;
         help_with(call, number);
     }
     return unused;
@@ -329,7 +331,7 @@ static void work_in_team(void *argument) {
     fp_set(mode);
 }
 
-/* ---- Forks: the child has the calling thread alone, and may be made by a signal handler in the middle of a call: then
+/* ---- Forks: the child has the calling thread alone, and may be made by the interrupt check in the middle of a call: then
  * no chunk may be half done by a helper that the child lacks. ------------------------------------------------------ */
 static void before_fork(void) {
     for (struct call *c = own_get(current); c; c = c->outer) {

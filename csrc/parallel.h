@@ -6,7 +6,8 @@
 
 /* A phase is `chunks` calls run(work, 0 .. chunks - 1, scratch), in any order, on any thread, claimed one by one.
  * Phases run one after the other: all chunks of one are done before the next starts.  Each thread first claims chunks
- * that are next to each other, the same part of each phase and of the next call: that may still be in its cache. */
+ * that are next to each other, the same part of each phase and, if the threads are ours, as a rule of the next call:
+ * that may still be in its cache. */
 enum { MAX_PHASES = 3 };
 struct phase {
     size_t chunks;

@@ -11,7 +11,7 @@ enum { SHORT_ROW = 32, SHORT_LOOP = 16, TILE_OF_DIMS = 2 * MASK_GROUP };
 
 _Static_assert(1 << (MAX_BOX - 1) >= MASK_GROUP, "a row has room for the dims of a group, and for one of a run");
 
-static int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
+static int64_t magnitude(int64_t v) { return v == INT64_MIN ? INT64_MAX : v < 0 ? -v : v; }
 
 static int64_t distance(const struct dim *d) { return magnitude(d->stride[X]) + magnitude(d->stride[Y]); }
 

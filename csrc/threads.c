@@ -147,7 +147,8 @@ struct threads threads_for_call(void) {
     const int allowed = number_of(thread_limit), limit = o ? o->thread_limit() : env_limit ? env_limit : INT_MAX;
     if (allowed && allowed < t.count) t.count = allowed;
     if (t.count > limit) t.count = limit;
-    t.useful = t.count > cpus ? t.count : cpus;
+    t.crowded = t.count > cpus;
+    t.useful = t.crowded ? t.count : cpus;
     if (t.useful > limit) t.useful = limit;
     return t;
 }

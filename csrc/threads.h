@@ -8,6 +8,7 @@
 struct threads {
     int count;        /* for one call */
     int useful;       /* for all calls of the process together */
+    bool crowded;     /* more than there are CPUs for */
     struct cpus cpus; /* where they may run; empty if the system does not say */
 };
 struct threads threads_for_call(void); /* from this thread */

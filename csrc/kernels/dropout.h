@@ -18,11 +18,13 @@ static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t
 }
 
 static inline void dropout_words(const elem_t *x, elem_t *y, size_t n, const uint32_t *keep, unsigned shift,
-                                 acc_t scale, bool ties, bool stream) {
+                                 acc_t scale, bool ties, bool ask, bool stream) {
     size_t j = 0;
-    for (; j + WORD <= n; j += WORD) { /* x was asked for while its bits were made */
-        for (size_t b = 0; b < WORD * sizeof(elem_t) && !stream; b += LINE_BYTES)
-            __builtin_prefetch((const char *)(y + j) + b + PREFETCH_BYTES, 1);
+    for (; j + WORD <= n; j += WORD) {
+        for (size_t b = 0; b < WORD * sizeof(elem_t); b += LINE_BYTES) {
+            if (ask) __builtin_prefetch((const char *)(x + j) + b + PREFETCH_BYTES);
+            if (!stream) __builtin_prefetch((const char *)(y + j) + b + PREFETCH_BYTES, 1);
+        }
         uint32_t kept = keep_word(keep, shift, j / WORD);
         if (stream) {
             elem_t line[WORD] __attribute__((aligned(LINE_BYTES)));
@@ -36,13 +38,13 @@ static inline void dropout_words(const elem_t *x, elem_t *y, size_t n, const uin
     for (; j < n; j++, kept >>= 1) y[j] = dropout_elem(x[j], kept & 1, scale);
 }
 
-static void dropout(const void *x, void *y, size_t n, const uint32_t *keep, unsigned shift, double scale_,
+static void dropout(const void *x, void *y, size_t n, const uint32_t *keep, unsigned shift, double scale_, bool ask,
                     bool stream) {
     const acc_t scale = (acc_t)scale_;
     if (may_tie(scale)) /* a loop of its own */
-        dropout_words(x, y, n, keep, shift, scale, true, stream);
+        dropout_words(x, y, n, keep, shift, scale, true, ask, stream);
     else
-        dropout_words(x, y, n, keep, shift, scale, false, stream);
+        dropout_words(x, y, n, keep, shift, scale, false, ask, stream);
 }
 
 #endif
