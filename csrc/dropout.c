@@ -77,7 +77,7 @@ static void dropout_row(const struct dropout *op, struct mask_span *span, const 
         n = at_most(op->tile, end - j);
         size_t over =
             (uintptr_t)y % LINE_BYTES; /* long rows go on from a cache line: full speed, and streams need it */
-        if (over % op->size == 0 && over && end - j > MASK_TILE) n = (LINE_BYTES - over) / op->size;
+        if (over && over % op->size == 0 && end - j > MASK_TILE) n = (LINE_BYTES - over) / op->size;
         dropout_tile(op, span, x, y, index, j, n, op->stream && !over);
     }
 }
@@ -137,8 +137,7 @@ enum pyreg_status pyreg_dropout(const struct pyreg_dropout *args) {
     /* Short where bits take long: the CPU then has a tile's writes on their way while it makes the bits of the next. */
     op.tile = op.rows.neighbours && !op.rows.shared && !fast ? MASK_GROUP : MASK_TILE;
     const size_t bytes = elements * op.size;
-    op.stream = op.rows.contiguous && op.what == DRAW && op.x != op.y && (uintptr_t)op.y % op.size == 0 &&
-                machine_stores_around(2 * bytes);
+    op.stream = op.rows.contiguous && op.what == DRAW && op.x != op.y && machine_stores_around(2 * bytes);
 
     /* The room behind a tile is for what the loop asks for ahead: other memory may not be there, and is looked for. */
     const size_t tile_bytes = op.rows.contiguous ? 0 : op.rows.part * op.size + PREFETCH_BYTES + LINE_BYTES;

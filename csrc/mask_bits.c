@@ -9,7 +9,7 @@
 /* ---- Sources ----------------------------------------------------------------------------------------------------- */
 
 /* Bits that have been made before; beyond the last there are zeros. */
-static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next) {
+static void read_packed(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming *next) {
     (void)next;
     const size_t size = 4 * words, from = (size_t)(first <= draw->num_bytes / 4 ? 4 * first : draw->num_bytes);
     const size_t n = at_most(draw->num_bytes - from, size);
@@ -60,12 +60,12 @@ void mask_span_init(struct mask_span *span, const struct mask_source *source) {
 
 /* Groups are counted as indices are, modulo 2^64. */
 static void make_groups(const struct mask_source *source, uint64_t group, size_t n, uint32_t *keep,
-                        struct upcoming next) {
+                        struct upcoming *next) {
     const uint64_t groups = UINT64_MAX / 32 + 1;
     group %= groups;
     const size_t before_end = group + n <= groups ? n : (size_t)(groups - group);
     source->make(&source->draw, group, before_end, keep, next);
-    if (before_end < n) source->make(&source->draw, 0, n - before_end, keep + before_end, NOTHING);
+    if (before_end < n) source->make(&source->draw, 0, n - before_end, keep + before_end, next);
 }
 
 size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n, struct upcoming *next) {
@@ -76,8 +76,7 @@ size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n, struct 
     size_t have = skip < span->bits ? span->bits - (size_t)skip : 0;
     if (have) memmove(span->keep, span->keep + skip / 32, have / 8);
     size_t want = divide_up((size_t)(index - first) + n, MASK_GROUP) * MASK_GROUP;
-    make_groups(span->source, first / 32 + have / 32, (want - have) / 32, span->keep + have / 32, *next);
-    if (span->source->make != read_packed) *next = NOTHING;
+    make_groups(span->source, first / 32 + have / 32, (want - have) / 32, span->keep + have / 32, next);
     span->first = first;
     span->bits = want;
     return (size_t)(index - first);
@@ -123,17 +122,13 @@ static void repeat_bits(size_t period, size_t n, uint32_t *keep) {
 
 void mask_gather(struct mask_span *span, const struct mask_row *row, uint64_t index, size_t j, size_t n,
                  uint32_t keep[GATHERED_WORDS]) {
-    const size_t run = row->run;
     const uint64_t step = row->step, run_step = row->run_step;
+    const size_t run = step || run_step ? row->run : SIZE_MAX; /* else all are one bit */
     size_t skip = j % run;
     index += j / run * step;
-    if (step == 1 && run_step == 0) {
+    if (step <= 1 && run_step == 0) {
         size_t at = mask_span_cover(span, index, (skip + n - 1) / run + 1, &NOTHING);
         spread_bits(span->keep, at, run, skip, n, keep);
-        return;
-    }
-    if (step == 0 && run_step == 0) {
-        put_run(keep, 0, n, -(uint32_t)bit_at(span->keep, mask_span_cover(span, index, 1, &NOTHING)));
         return;
     }
     const size_t own = step == 0 && run < n ? run : n; /* the rest repeats them */

@@ -24,8 +24,8 @@ struct mask_span {
 };
 void mask_span_init(struct mask_span *span, const struct mask_source *source);
 
-/* Puts the bits of [index, index + n) into the span, n <= MASK_TILE, and returns the position of the first.  Asks for
- * what comes next, and sets it to NOTHING, if there is time to, because bits are made. */
+/* Puts the bits of [index, index + n) into the span, n <= MASK_TILE, and returns the position of the first.  Bits that
+ * are made leave NOTHING of what is next. */
 size_t mask_span_cover(struct mask_span *span, uint64_t index, size_t n, struct upcoming *next);
 
 /* The bits of a row's elements: element j has bit j / run * step + j % run * run_step. */

@@ -52,15 +52,14 @@ struct call {
     const struct threads *threads;
     const struct pyreg_pool *pool; /* whose threads help; NULL: ours */
 
-    atomic_size_t next, done; /* chunks claimed, and finished */
-    int parts;
+    atomic_size_t next, done;                   /* chunks claimed, and finished */
     atomic_size_t taken[MAX_PHASES][MAX_PARTS]; /* chunks of each part, or more than there are */
     atomic_bool stop;                           /* the interrupt check said so */
     uint64_t ask_at;                            /* when to ask it again */
 
     atomic_uint turn;    /* futex: changes when a phase ends and when the helpers have left */
     atomic_bool held;    /* helpers shall leave: the caller forks */
-    int helpers, helped; /* at work, and ever; under the lock, as are */
+    int helpers;         /* at work; under the lock, as are */
     void *scratch;       /* that no helper has: the first bytes of each say where the next one is */
     struct call *listed; /* the next of the calls in the list */
 };
@@ -125,7 +124,7 @@ static void nap(struct call *call, unsigned turn) {
 
 /* A chunk for a thread that has claimed one, no matter which: of its own part, or else of the next that has some. */
 static size_t take_chunk(struct call *call, size_t phase, int own_part) {
-    const size_t chunks = call->phases[phase].chunks, parts = (size_t)call->parts;
+    const size_t chunks = call->phases[phase].chunks, parts = at_most((size_t)call->threads->count, MAX_PARTS);
     for (size_t part = (size_t)own_part % parts;; part = (part + 1) % parts) {
         const size_t first = chunks * part / parts, end = chunks * (part + 1) / parts;
         atomic_size_t *taken = &call->taken[phase][part];
@@ -188,7 +187,6 @@ static void give_scratch(struct call *call, void *scratch) {
 /* The caller has part 0.  The lock is held before and after. */
 static void help_with(struct call *call, int number) {
     call->helpers++;
-    call->helped++;
     void *scratch = take_scratch(call);
     lock_give(&lock);
     fp_set(call->mode);
@@ -245,7 +243,7 @@ static void help_once(void *unused) {
     const fp_mode mode = fp_get();
     lock_take(&lock);
     struct call *call = call_that_wants_help();
-    if (call) help_with(call, call->helped);
+    if (call) help_with(call, call->helpers);
     lock_give(&lock);
     fp_set(mode);
 }
@@ -326,13 +324,13 @@ static void work_in_team(void *argument) {
     }
     const fp_mode mode = fp_get();
     lock_take(&lock);
-    help_with(member->call, member->call->helped);
+    help_with(member->call, member->call->helpers);
     lock_give(&lock);
     fp_set(mode);
 }
 
-/* ---- Forks: the child has the calling thread alone, and may be made by the interrupt check in the middle of a call: then
- * no chunk may be half done by a helper that the child lacks. ------------------------------------------------------ */
+/* ---- Forks: the child has the calling thread alone, and may be made by the interrupt check, in the middle of a call:
+ * then no chunk may be half done by a helper that the child lacks. ------------------------------------------------------ */
 static void before_fork(void) {
     for (struct call *c = own_get(current); c; c = c->outer) {
         atomic_store(&c->held, true);
@@ -398,7 +396,6 @@ static enum pyreg_status run_known(const struct phase *phases, size_t num_phases
                         .work = work,
                         .mode = mode,
                         .threads = threads,
-                        .parts = threads->count < MAX_PARTS ? threads->count : MAX_PARTS,
                         .pool = own_get(pool),
                         .caller = thread_self(),
                         .outer = own_get(current),

@@ -8,11 +8,11 @@
  * Phases run one after the other: all chunks of one are done before the next starts.  Each thread first claims chunks
  * that are next to each other, the same part of each phase and, if the threads are ours, as a rule of the next call:
  * that may still be in its cache. */
-enum { MAX_PHASES = 3 };
 struct phase {
     size_t chunks;
     void (*run)(void *work, size_t chunk, void *scratch);
 };
+enum { MAX_PHASES = 3 }; /* of a call */
 
 /* Runs the phases, on this thread and those helpers that are free; on this one alone if serial_ns, an estimate of the
  * whole work in nanoseconds on one thread, is below what threads pay for.  Each thread has `scratch_bytes` of its own,

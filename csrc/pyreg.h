@@ -221,8 +221,8 @@ const char *pyreg_isa_name(void);                  /* the one in use */
 const char *pyreg_isa_available(int i);            /* i-th that this machine can run, best first; NULL past the end */
 const char *pyreg_compiler(void);
 const char *pyreg_openmp_library(void); /* file of the OpenMP runtime in use */
-size_t pyreg_cache_bytes(void); /* last-level cache, at most 16 MiB for each CPU; 8 MiB if unknown.  Larger working
-                                   * sets are written around it */
+size_t pyreg_cache_bytes(void);         /* last-level cache, at most 16 MiB for each CPU, or 8 MiB if unknown: larger
+                                 * working sets are written around it */
 
 #ifdef __cplusplus
 }

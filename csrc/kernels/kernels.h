@@ -18,7 +18,8 @@ enum { MASK_GROUP = 512, MASK_TILE = 4096, MASK_WORDS = (MASK_TILE + MASK_GROUP)
 /* Loops ask for cache lines this far ahead where the hardware's own prefetcher stops, at page ends. */
 enum { PREFETCH_BYTES = 4096 };
 
-/* What will be read next: loops that make bits ask for it meanwhile, because memory has nothing else to do then. */
+/* What will be read next: loops that make bits ask for it meanwhile, because memory has nothing else to do then, and
+ * leave NOTHING. */
 struct upcoming {
     const char *at;
     size_t bytes;
@@ -43,7 +44,7 @@ struct draw {
 
 /* Makes mask bits.  `first` is the index of word 0's element 0 divided by 32;
  * `words` is a multiple of MASK_GROUP / 32; keep[] is aligned to 64 bytes. */
-typedef void make_bits(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next);
+typedef void make_bits(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming *next);
 
 /* One table per instruction set. */
 struct mask_kernels {

@@ -109,6 +109,12 @@ static void resolve(const struct draw *draw, uint64_t first, const struct ties *
     }
 }
 
+static struct upcoming take(struct upcoming *next) {
+    const struct upcoming taken = *next;
+    *next = NOTHING;
+    return taken;
+}
+
 /* The lines of one of equal shares, in order. */
 static inline void ask_for(struct upcoming *next, size_t share) {
     if (share == 0) return; /* at is NULL, and NULL + 0 is undefined */
@@ -118,21 +124,22 @@ static inline void ask_for(struct upcoming *next, size_t share) {
     next->at = end;
 }
 
-static void philox(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next) {
+static void philox(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming *next) {
     const uint64_t before_carry = (UINT64_C(1) << 32) - (uint32_t)first;
     if (words > before_carry) { /* the loops below take the counter's high half as fixed */
         const size_t same_high = (size_t)before_carry;
         philox(draw, first, same_high, keep, next);
-        philox(draw, first + same_high, words - same_high, keep + same_high, NOTHING);
+        philox(draw, first + same_high, words - same_high, keep + same_high, next);
         return;
     }
     struct ties ties;
     memset(ties.some, 0, sizeof ties.some);
     bool eight = draw->limit << 4, more = draw->limit << 8;
     vec32 counter = lane_numbers() + (uint32_t)first;
-    const size_t share = next.bytes / (words / LANES32);
+    struct upcoming upcoming = take(next);
+    const size_t share = upcoming.bytes / (words / LANES32);
     for (uint32_t w = 0; w < words; w += LANES32, counter += LANES32) {
-        ask_for(&next, share);
+        ask_for(&upcoming, share);
         struct digits d = eight ? compare_digits(draw, counter, (uint32_t)(first >> 32), 0, true)
                                 : compare_digits(draw, counter, (uint32_t)(first >> 32), 0, false);
         *(vec32 *)(keep + w) = ~d.less;
@@ -179,10 +186,11 @@ static ALWAYS_INLINE void threefry_bits(const struct draw *draw, uint64_t index,
 }
 
 static inline void threefry_words(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep,
-                                  struct upcoming next, bool x64) {
-    const size_t share = next.bytes / (words / (SPAN / 32));
+                                  struct upcoming *next, bool x64) {
+    struct upcoming upcoming = take(next);
+    const size_t share = upcoming.bytes / (words / (SPAN / 32));
     for (size_t w = 0; w < words; w += SPAN / 32) {
-        ask_for(&next, share);
+        ask_for(&upcoming, share);
         uint64_t bits[SPAN / 64] = {0};
         for (uint32_t j = 0; j < SPAN; j += STEP) {
             uint64_t part[SPAN / 64] = {0};
@@ -196,11 +204,11 @@ static inline void threefry_words(const struct draw *draw, uint64_t first, size_
     }
 }
 
-static void threefry(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next) {
+static void threefry(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming *next) {
     threefry_words(draw, first, words, keep, next, false);
 }
 
-static void threefry_x64(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming next) {
+static void threefry_x64(const struct draw *draw, uint64_t first, size_t words, uint32_t *keep, struct upcoming *next) {
     threefry_words(draw, first, words, keep, next, true);
 }
 
