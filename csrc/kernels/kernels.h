@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if FLT_EVAL_METHOD != 0
 #error "floats are computed in other types here, so results would differ; on a 32-bit x86: -msse2 -mfpmath=sse"
@@ -28,7 +29,13 @@ struct upcoming {
 
 /* 32 bits of a row that starts `shift` bits into keep[]: word j of it. */
 static inline uint32_t keep_word(const uint32_t *keep, unsigned shift, size_t j) {
-    return (uint32_t)(((uint64_t)keep[j + 1] << 32 | keep[j]) >> shift);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    uint64_t pair;
+    memcpy(&pair, keep + j, sizeof pair); /* compilers make two loads of the other form */
+#else
+    const uint64_t pair = (uint64_t)keep[j + 1] << 32 | keep[j];
+#endif
+    return (uint32_t)(pair >> shift);
 }
 
 /* A mask, ready for the loops.  Round keys and digits lie in memory because a vector is filled from there for free. */

@@ -26,15 +26,14 @@ enum { LANES = VEC_BYTES / sizeof(elem_t) };
 /* y[j] = bit `first + j` of kept ? v[j] : 0; first: a multiple of LANES below 32. */
 static inline void store_kept(elem_t *y, vec v, uint32_t kept, unsigned first) {
 #if defined(__AVX512BW__)
-    __m512i bits = (__m512i)v;
     kept >>= first;
     if (sizeof(elem_t) == 2)
-        bits = _mm512_maskz_mov_epi16(kept, bits);
-    else if (sizeof(elem_t) == 4)
-        bits = _mm512_maskz_mov_epi32((__mmask16)kept, bits);
+        v = (vec)_mm512_maskz_mov_epi16(kept, (__m512i)v);
+    else if (sizeof(elem_t) == 4) /* as floats, so that a product that has just been computed becomes a masked one */
+        v = (vec)_mm512_maskz_mov_ps((__mmask16)kept, (__m512)v);
     else
-        bits = _mm512_maskz_mov_epi64((__mmask8)kept, bits);
-    _mm512_storeu_si512(y, bits);
+        v = (vec)_mm512_maskz_mov_pd((__mmask8)kept, (__m512d)v);
+    memcpy(y, &v, sizeof v);
 #else
 #define BIT(j) (elem_bits)1 << (j) % WIDTH
 #define EIGHT_BITS(j) BIT(j), BIT(j + 1), BIT(j + 2), BIT(j + 3), BIT(j + 4), BIT(j + 5), BIT(j + 6), BIT(j + 7)
