@@ -22,11 +22,15 @@ RELEASES_GIL_FROM = 500  # elements, however long they are
 
 
 def levels():
-    """Bytes of a working set for one thread in each level: half of a cache; for memory, four times the last cache."""
+    """Bytes of a working set for one thread in each level: half of a cache; for memory, four times the last cache.
+
+    A small virtual machine may show the cache of a large host: then twice the last cache, as every kernel has its own.
+    """
     caches = machine.caches()
     last = max(caches.values())
     sets = {name: size // 2 for name, size in caches.items()}
-    return {**sets, "memory": 4 * last}
+    few = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 32
+    return {**sets, "memory": min(4 * last, max(2 * last, few))}
 
 
 def share(level, size, threads):

@@ -408,7 +408,7 @@ for _ in range(5): jax.block_until_ready(plain(x))
 jax.block_until_ready(drop.lower(x).compile()(x))
 pyreg.set_num_threads(3)
 before = tasks()
-for _ in range(10): jax.block_until_ready(drop(x))
+for _ in range(10): jax.block_until_ready([drop(x) for _ in range(12)])  # programs at the same time, too
 print(tasks() - before)
 """
     assert int(python(code, warnings="ignore")) <= 3
