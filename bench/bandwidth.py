@@ -24,7 +24,8 @@ RELEASES_GIL_FROM = 500  # elements, however long they are
 def levels():
     """Bytes of a working set for one thread in each level: half of a cache; for memory, four times the last cache.
 
-    A small virtual machine may show the cache of a large host: then twice the last cache, as every kernel has its own.
+    A small virtual machine may show the cache of a large host.  There every kernel, which has its own, gets less than
+    four times: a 32nd of the machine's memory, but at least twice the last cache.
     """
     caches = machine.caches()
     last = max(caches.values())

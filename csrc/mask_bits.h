@@ -20,7 +20,7 @@ struct mask_span {
     const struct mask_source *source;
     uint64_t first;                                             /* index of bit 0, a multiple of MASK_GROUP */
     size_t bits;                                                /* that have been made */
-    uint32_t keep[MASK_WORDS + 2] __attribute__((aligned(64))); /* readers may look one word too far */
+    uint32_t keep[MASK_WORDS + 2] __attribute__((aligned(64))); /* readers may look two words too far */
 };
 void mask_span_init(struct mask_span *span, const struct mask_source *source);
 

@@ -337,7 +337,7 @@ def test_loops_of_the_bandwidth():
 
 
 def test_memory_is_a_working_set_beyond_the_last_cache(monkeypatch):
-    """Four times the cache, or twice if a small machine shows the cache of its large host."""
+    """Four times the cache, but a 32nd of the memory is enough if that is at least twice."""
     for last, times in (1 << 20, 4), (1 << 50, 2):
         monkeypatch.setattr(machine, "caches", lambda last=last: {"L1": 1 << 15, "L3": last})
         assert bandwidth.levels() == {"L1": 1 << 14, "L3": last // 2, "memory": times * last}

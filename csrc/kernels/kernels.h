@@ -101,7 +101,7 @@ struct bn_coefficients {
 
 /* Loops over elements: one table per instruction set and dtype.  x and y are arrays of that dtype. */
 struct kernels {
-    /* y[j] = bit `shift + j` of keep ? x[j] * scale : 0, for j < n.  Reads at most one word past the last bit.
+    /* y[j] = bit `shift + j` of keep ? x[j] * scale : 0, for j < n.  Reads at most two words past the last bit.
      * ask: for the cache lines of x ahead, too.  stream: write around the cache; y is then aligned to 64 bytes.  x may
      * be y. */
     void (*dropout)(const void *x, void *y, size_t n, const uint32_t *keep, unsigned shift, double scale, bool ask,
