@@ -30,8 +30,8 @@ def levels():
     caches = machine.caches()
     last = max(caches.values())
     sets = {name: size // 2 for name, size in caches.items()}
-    few = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 32
-    return {**sets, "memory": min(4 * last, max(2 * last, few))}
+    enough = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 32
+    return {**sets, "memory": min(4 * last, max(2 * last, enough))}
 
 
 def share(level, size, threads):

@@ -17,8 +17,8 @@ static inline void dropout_word(const elem_t *x, elem_t *y, uint32_t kept, acc_t
     for (unsigned j = 0; j < WORD; j += LANES) store_kept(y + j, scaled(x + j, scale, ties), kept, j);
 }
 
-/* Lines of y are asked for from nearer than those of x, which saves 2 to 4 % in L2 and L3, measured: the first-level
- * cache holds x's tile, too. */
+/* Lines of y are asked for from nearer than those of x: on an Intel Emerald Rapids 2 to 4 % less time in L2 and L3 than
+ * from as far. */
 enum { PREFETCH_Y_BYTES = 1024 };
 
 /* ties, ask, stream: constants where this is called, so that none of them is tested for each word. */
@@ -40,6 +40,7 @@ static ALWAYS_INLINE void dropout_words(const elem_t *x, elem_t *y, size_t words
     }
 }
 
+/* The loop for these settings; ties: a constant. */
 static ALWAYS_INLINE void dropout_loop(const elem_t *x, elem_t *y, size_t words, const uint32_t *keep, unsigned shift,
                                        acc_t scale, bool ties, bool ask, bool stream) {
     if (ask && stream)
